@@ -1,0 +1,139 @@
+"""Load a backbone: an embedded name, a hub id, a folder, or any `nn.Module`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from deltatune.backbone.anatomy import Anatomy, find_anatomy
+from deltatune.backbone.embedded import EMBEDDED, locate
+from deltatune.backbone.fingerprint import fingerprint
+from deltatune.errors import BackboneError, nearest
+
+Kind = Literal["encoder", "decoder", "encoder-decoder"]
+
+
+class Backbone:
+    """A network, its processor, its anatomy and its fingerprint.
+
+    `module` is the network, untouched; `processor` its tokenizer, or None; `name` is what it was loaded by.
+    """
+
+    def __init__(self, module: nn.Module, processor: Any = None, name: str = "") -> None:
+        self.module, self.processor, self.name = module, processor, name or type(module).__name__
+        self._fingerprint: tuple[int, dict[str, str]] | None = None
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """The sites of the network."""
+        return find_anatomy(self.module)
+
+    @property
+    def kind(self) -> Kind:
+        """Which stacks the network has."""
+        stacks = set(self.anatomy.depth)
+        return "encoder-decoder" if len(stacks) == 2 else "decoder" if stacks == {"decoder"} else "encoder"
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The network without its head; for an encoder-decoder, its encoder."""
+        base: nn.Module = getattr(self.module, "base_model", self.module)
+        return base.get_encoder() if self.kind == "encoder-decoder" else base  # type: ignore[operator]
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states that the trunk returns."""
+        return next(s.d_out for s in self.anatomy.sites if s.name == "block")
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.module.parameters()).device
+
+    @property
+    def positions(self) -> int | None:
+        """Number of positions that the network has embeddings for, or None if any length goes."""
+        config = getattr(self.module, "config", None)
+        if getattr(config, "model_type", "") in ("t5", "mt5"):
+            return None
+        limit = getattr(config, "max_position_embeddings", None)
+        after_padding = getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert")
+        return None if limit is None else int(limit) - 2 * after_padding
+
+    @property
+    def length_limit(self) -> int:
+        """Longest input in tokens."""
+        tokenizer = getattr(self.processor, "model_max_length", None) or 512
+        return int(min(self.positions or 512, tokenizer))
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return the digests of the trunk's weights; computed again when a weight was written to."""
+        stamp = sum(p._version for p in self.module.parameters())
+        if self._fingerprint is None or self._fingerprint[0] != stamp:
+            self._fingerprint = (stamp, fingerprint(self.module, self.anatomy))
+        return self._fingerprint[1]
+
+    def __repr__(self) -> str:
+        depth = ", ".join(f"{n} {stack} blocks" for stack, n in self.anatomy.depth.items())
+        return f"Backbone({self.name!r}, {self.parameters / 1e6:.1f} M parameters, {depth}, {self.dtype})"
+
+
+def load(source: str | Path | nn.Module | Backbone, *, dtype: torch.dtype = torch.float32) -> Backbone:
+    """Load a backbone by embedded name, hub id or folder, or wrap a module.
+
+    `dtype` is the dtype of the weights; a module keeps its own. BackboneError if the name is unknown, the folder holds
+    no model, or the hub cannot be reached.
+    """
+    if isinstance(source, Backbone):
+        return source
+    if isinstance(source, nn.Module):
+        return Backbone(source, name=getattr(getattr(source, "config", None), "name_or_path", "") or "")
+    name = str(source)
+    place: str | Path = name
+    if name in EMBEDDED:
+        place = locate(name) or EMBEDDED[name].hub
+    elif not Path(name).exists() and "/" not in name:
+        raise BackboneError(
+            f"unknown backbone {name!r}{nearest(name, EMBEDDED)}; expected an embedded name ({', '.join(EMBEDDED)}), "
+            f"a folder, or a hub id such as 'owner/name'"
+        )
+    return _from_pretrained(place, name, dtype)
+
+
+def _from_pretrained(place: str | Path, name: str, dtype: torch.dtype) -> Backbone:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(place)
+        architectures = " ".join(getattr(config, "architectures", None) or [])
+        if config.is_encoder_decoder:
+            auto: Any = AutoModelForSeq2SeqLM
+        elif "CausalLM" in architectures or "LMHeadModel" in architectures:
+            auto = AutoModelForCausalLM
+        else:
+            auto = AutoModel
+        module = auto.from_pretrained(place, dtype=dtype)
+        processor = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        fix = f"; or install it: {EMBEDDED[name].install}" if name in EMBEDDED else ""
+        raise BackboneError(f"cannot load backbone {name!r}: {reason}{fix}") from error
+    if processor.pad_token_id is None:
+        processor.pad_token = processor.eos_token
+    return Backbone(module.eval(), processor, name)

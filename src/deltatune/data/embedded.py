@@ -1,0 +1,28 @@
+"""The tasks that come with the package: made here, nothing downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+
+from deltatune.data import stdlib_tasks
+from deltatune.data.task import Task
+
+STDLIB: Mapping[str, tuple[str, Callable[[], Task]]] = {
+    "stdlib_package": ("docstring -> its package, of 16 (classification)", stdlib_tasks.stdlib_package),
+    "stdlib_kind": ("first sentence of a docstring -> what it documents (classification)", stdlib_tasks.stdlib_kind),
+    "stdlib_pair": ("function, sentence -> do they match? (pair classification)", stdlib_tasks.stdlib_pair),
+    "stdlib_tags": ("parameters, exceptions, modules in docstrings (token classification)", stdlib_tasks.stdlib_tags),
+    "stdlib_summary": ("source of a function -> its summary (generation)", stdlib_tasks.stdlib_summary),
+}
+
+
+def embedded_tasks() -> dict[str, str]:
+    """Return the name of every embedded task with one line on what it is; nothing is made for it."""
+    return {name: line for name, (line, _) in STDLIB.items()}
+
+
+@cache
+def build(name: str) -> Task:
+    """Make an embedded task."""
+    return STDLIB[name][1]()

@@ -1,0 +1,72 @@
+"""Means with an interval: over seeds, over pairs, over examples."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+Example = TypeVar("Example")
+
+
+class Interval(NamedTuple):
+    """A mean and the ends of its interval, both None where one value cannot give any."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.mean:.3f} (one value, no interval)"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Return the mean of independent values (one a seed) with its t interval; with one value the ends are None.
+
+    Raises ValueError where there is no value.
+    """
+    if not values:
+        raise ValueError("no values to take an interval of")
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Interval(mean, None, None)
+    from scipy.stats import t
+
+    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def paired_interval(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
+    """Return the mean of a - b with its t interval, `a[i]` and `b[i]` being of the same seed or task.
+
+    Raises ValueError where the lengths differ or there is no pair.
+    """
+    return interval([x - y for x, y in zip(a, b, strict=True)], level)
+
+
+def bootstrap_interval(
+    examples: Sequence[Example],
+    statistic: Callable[[Sequence[Example]], float],
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Return `statistic` of the examples with its percentile bootstrap interval (Efron 1979) over examples.
+
+    `examples` may be scores, with `statistics.fmean`, or pairs of prediction and reference for a metric of the whole
+    set; the first value is the statistic of the examples as they are. One example gives no ends.
+    Raises ValueError where there is no example.
+    """
+    if not examples:
+        raise ValueError("no examples to take an interval of")
+    whole = statistic(examples)
+    if len(examples) == 1:
+        return Interval(whole, None, None)
+    rng = random.Random(seed)
+    found = sorted(statistic(rng.choices(examples, k=len(examples))) for _ in range(resamples))
+    tail = (1 - level) / 2
+    return Interval(whole, found[math.floor(tail * (resamples - 1))], found[math.ceil((1 - tail) * (resamples - 1))])

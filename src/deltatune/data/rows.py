@@ -1,0 +1,82 @@
+"""From the cells of a table to canonical rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from deltatune.data.formats import Table
+from deltatune.data.task import FIELDS, Kind, Row
+from deltatune.errors import TaskError
+
+Placed = tuple[str, Row]
+"""A row and where it stands ("reviews.csv: line 7"), for messages."""
+
+
+def canonical(table: Table, kind: Kind, columns: Mapping[str, str]) -> list[Placed]:
+    """Return the rows with canonical fields only, `columns` saying which column holds which field.
+
+    Raises TaskError, the row named, for a field that is missing, empty or of another type.
+    """
+    optional = {"targets"} & columns.keys()
+    placed = []
+    for place, cells in zip(table.places, table.rows, strict=True):
+        where = f"{table.name}: {place}"
+        row = {field: _value(field, cells.get(columns[field]), where, columns[field]) for field in FIELDS[kind]}
+        for field in optional:
+            if not _missing(cells.get(columns[field])):
+                row[field] = _value(field, cells[columns[field]], where, columns[field])
+        if kind == "token_classification" and len(row["tokens"]) != len(row["tags"]):
+            raise TaskError(
+                f"{where} has {len(row['tokens'])} tokens and {len(row['tags'])} tags; expected one tag for each token"
+            )
+        placed.append((where, row))
+    return placed
+
+
+def _value(field: str, cell: Any, where: str, column: str) -> Any:
+    if _missing(cell):
+        raise TaskError(f"{where} has no {field} (column {column!r} is empty or absent); fill it or delete the row")
+    if field in ("tokens", "tags", "targets"):
+        return _texts(cell, field, where)
+    if isinstance(cell, list) and column == "table":
+        return _checked(_linearised(cell, where), where, field)
+    if isinstance(cell, list | dict):
+        raise TaskError(f"{where}: {field} is a {'list' if isinstance(cell, list) else 'record'}; expected a text")
+    text = _checked(str(cell), where, field)
+    return text.strip() if field == "label" else text
+
+
+def _missing(cell: Any) -> bool:
+    if isinstance(cell, float):
+        return math.isnan(cell)
+    return cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, list) and not cell)
+
+
+def _texts(cell: Any, field: str, where: str) -> list[str]:
+    """Return a list of texts; in a csv cell it is a JSON list, or words with spaces between them."""
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell) if cell.lstrip().startswith("[") else cell.split()
+        except json.JSONDecodeError:
+            cell = cell.split()
+    if not isinstance(cell, list) or not cell or any(_missing(one) or isinstance(one, list | dict) for one in cell):
+        raise TaskError(f"{where}: {field} has to be a list of texts, none of them empty")
+    return [_checked(str(one), where, field) for one in cell]
+
+
+def _linearised(table: list[Any], where: str) -> str:
+    """Return "name: value | name: value" of a table of [name, value] pairs."""
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in table):
+        raise TaskError(f"{where}: table has to be a list of [name, value] pairs")
+    return " | ".join(f"{name}: {value}" for name, value in table)
+
+
+def _checked(text: str, where: str, field: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(f"{where}: {field} has half a character at place {error.start + 1} (lone surrogate)") from error
+    return text

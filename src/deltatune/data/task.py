@@ -1,0 +1,88 @@
+"""What a task is: three splits of canonical rows, the labels, how it is worded and how it is scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+Kind = Literal["classification", "pair_classification", "token_classification", "generation"]
+Row = dict[str, Any]
+SPLITS = ("train", "dev", "test")
+
+FIELDS: Mapping[Kind, tuple[str, ...]] = {
+    "classification": ("text", "label"),
+    "pair_classification": ("text", "text_b", "label"),
+    "token_classification": ("tokens", "tags"),
+    "generation": ("source", "target"),
+}
+"""The canonical fields of a row by kind; `generation` may also have `targets`, every accepted answer."""
+
+INPUTS: Mapping[Kind, tuple[str, ...]] = {
+    "classification": ("text",),
+    "pair_classification": ("text", "text_b"),
+    "token_classification": ("tokens",),
+    "generation": ("source",),
+}
+"""The fields of a row that a model may see."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named problem with its data: splits of canonical rows, labels, template and metric.
+
+    Rows are never changed after a task is made; `labels` is sorted, `()` for generation and the tag names for
+    token classification. `template` ("Review: {text}\\nSentiment:") and `verbalizer` (label -> words) are for
+    tasks that a language model answers in words.
+    """
+
+    name: str
+    kind: Kind
+    metric: str
+    train: Sequence[Row]
+    dev: Sequence[Row]
+    test: Sequence[Row]
+    labels: tuple[str, ...] = ()
+    template: str | None = None
+    verbalizer: Mapping[str, str] | None = None
+    source: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256 (hex) over kind, labels and the rows of the three splits, whatever the file's format was."""
+        digest = hashlib.sha256()
+        for part in ({"kind": self.kind, "labels": self.labels}, self.train, self.dev, self.test):
+            digest.update(json.dumps(part, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode())
+            digest.update(b"\n")
+        return digest.hexdigest()
+
+    def limited(self, train: int | None = None, dev: int | None = None, test: int | None = None) -> Task:
+        """Return the task with at most so many rows in each split; None keeps a split whole.
+
+        A smaller split is the head of one shuffle with seed 0, so a smaller limit's rows begin a larger limit's.
+        `labels` stays that of the whole task, even where a label has no row left.
+        """
+        limits = {"train": train, "dev": dev, "test": test}
+        if all(limit is None or limit >= len(getattr(self, split)) for split, limit in limits.items()):
+            return self
+        said = ", ".join(f"{split} {limit}" for split, limit in limits.items() if limit is not None)
+        return dataclasses.replace(
+            self,
+            train=_head(self.train, train),
+            dev=_head(self.dev, dev),
+            test=_head(self.test, test),
+            source=f"{self.source}; limited to {said}",
+        )
+
+
+def _head(rows: Sequence[Row], limit: int | None) -> Sequence[Row]:
+    if limit is None or limit >= len(rows):
+        return rows
+    order = list(range(len(rows)))
+    random.Random(0).shuffle(order)
+    return [rows[i] for i in order[:limit]]

@@ -1,0 +1,258 @@
+"""Adapted: a backbone and a bank of deltas as one ordinary module, for any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.backbone.load import Backbone, load
+from deltatune.delta.attach import Attachment, check_fits, swapped_weights
+from deltatune.delta.bank import Bank
+from deltatune.delta.call import Call, Draw, Segment, entered, recalling, segments_of
+from deltatune.delta.delta import Delta
+from deltatune.delta.method import Spec
+from deltatune.delta.tokens import Inserted, rewrite
+from deltatune.errors import RoutingError, UnknownName
+
+Route = str | Delta | None | Sequence["str | Delta | None"]
+_UNSET: Any = object()
+_using: ContextVar[Any] = ContextVar("deltatune_using", default=_UNSET)
+
+
+class Adapted(nn.Module):
+    """A backbone with deltas attached.
+
+    `backbone` is the network itself; its weights, names and code stay as they are and `remove` gives it back exactly.
+    `bank` holds the deltas, and `state_dict` is the bank's alone. What is asked of an `Adapted` and is not its own is
+    asked of the backbone (`config`, `dtype`, ...).
+    """
+
+    def __init__(self, source: Backbone, deltas: Sequence[Delta], *, verify: bool = True) -> None:
+        super().__init__()
+        bound = [check_fits(delta, source, verify=verify) for delta in deltas]
+        self.source = source
+        self.backbone = source.module
+        self.bank = Bank(deltas, bound)
+        self.attachment = Attachment(self.bank, source)
+        self.batched = True
+        self.train(source.module.training)
+
+    # Routing
+
+    def call(
+        self,
+        rows: int,
+        route: Route = _UNSET,
+        *,
+        expand: int = 1,
+        draws: tuple[Draw, ...] | None = None,
+        scale: float = 1.0,
+    ) -> Call:
+        """Make the call of one forward of `rows` rows.
+
+        `route` is one delta for all rows (a name, a Delta, None for the bare backbone) or one per row. Left out: what
+        `using` says, or the only delta there is. RoutingError if that is unclear or the number of rows differs.
+        """
+        if route is _UNSET:
+            route = _using.get()
+        if route is _UNSET:
+            if len(self.bank.names) != 1:
+                raise RoutingError(
+                    f"{len(self.bank.names)} deltas are attached ({', '.join(self.bank.names)}): say which one acts, "
+                    f"with deltas=... or `with adapted.using(...)`"
+                )
+            route = self.bank.names[0]
+        if isinstance(route, (str, Delta)) or route is None:
+            names = [self._name(route)] * rows
+        else:
+            names = [self._name(one) for one in route]
+            if len(names) != rows:
+                raise RoutingError(f"deltas names {len(names)} rows, the batch has {rows}")
+        segments, order = segments_of(names)
+        if scale != 1.0:
+            segments = tuple(Segment(s.delta, s.rows, scale) for s in segments)
+        return Call(
+            self.bank,
+            self.bank.plan(segments, self.batched),
+            segments,
+            torch.tensor(order, device=self.source.device) if order else None,
+            expand,
+            self.bank.training,
+            draws,
+        )
+
+    def _name(self, delta: str | Delta | None) -> str | None:
+        name = delta.name if isinstance(delta, Delta) else delta
+        if name is not None and name not in self.bank.names:
+            raise UnknownName("delta", name, self.bank.names, "None is the bare backbone")
+        return name
+
+    @contextmanager
+    def using(self, route: Route) -> Iterator[Adapted]:
+        """Let `route` act in this block, in this thread."""
+        token = _using.set(route)
+        try:
+            yield self
+        finally:
+            _using.reset(token)
+
+    # Running
+
+    def forward(self, *args: Any, deltas: Route = _UNSET, **kwargs: Any) -> Any:
+        """Run the backbone with deltas: its own arguments, and `deltas` (one, or one per row).
+
+        RoutingError if rows and deltas do not fit.
+        """
+        return self._run(self.backbone, args, kwargs, deltas)
+
+    def encode(self, *, deltas: Route = _UNSET, call: Call | None = None, **kwargs: Any) -> Tensor:
+        """Return the last hidden states [rows, tokens, width] of the trunk (the encoder of an encoder-decoder)."""
+        hidden: Tensor = self._run(self.source.trunk, (), kwargs, deltas, call).last_hidden_state
+        return hidden
+
+    def run(self, call: Call, **kwargs: Any) -> Any:
+        """Run the backbone under a call that was made before."""
+        return self._run(self.backbone, (), kwargs, _UNSET, call)
+
+    def _run(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route, call: Call | None = None
+    ) -> Any:
+        if not self.attachment.live:
+            raise RoutingError("the deltas were removed from this backbone; adapt it again")
+        if args and isinstance(args[0], Tensor):
+            name = getattr(self.backbone, "main_input_name", "input_ids")
+            kwargs, args = {name: args[0], **kwargs}, args[1:]
+        call = call or self.call(_rows(kwargs), route)
+        inserted: Inserted | None = None
+        with entered(call), self._weights(call):
+            if self.bank.has_tokens:
+                kwargs = dict(kwargs)
+                inserted = rewrite(call, self.source, kwargs)
+            if self.backbone.training and getattr(self.backbone, "is_activation_checkpointing", False):
+                self._recall()
+            output = module(*args, **kwargs)
+        return inserted.strip(output, self.source.kind) if inserted else output
+
+    def generate(self, input_ids: Tensor, *, deltas: Route = _UNSET, **kwargs: Any) -> Any:
+        """Generate as the backbone does, with `deltas` (one, or one per row); beams and returned sequences included."""
+        if not self.attachment.live:
+            raise RoutingError("the deltas were removed from this backbone; adapt it again")
+        config = kwargs.get("generation_config") or self.backbone.generation_config
+        many = [kwargs.get(name) or getattr(config, name, 1) or 1 for name in ("num_beams", "num_return_sequences")]
+        call = self.call(input_ids.shape[0], deltas, expand=max(many))
+        inputs = {"input_ids": input_ids, **kwargs}
+        with entered(call), self._weights(call):
+            inserted = rewrite(call, self.source, inputs, generating=True) if self.bank.has_tokens else None
+            output = self.backbone.generate(**inputs)  # type: ignore[operator]
+        if inserted and self.source.kind == "decoder":
+            made = output if isinstance(output, Tensor) else output.sequences
+            made = torch.cat([input_ids.repeat_interleave(made.shape[0] // input_ids.shape[0], dim=0), made], dim=1)
+            if isinstance(output, Tensor):
+                return made
+            output.sequences = made
+        return output
+
+    @contextmanager
+    def _weights(self, call: Call) -> Iterator[None]:
+        rounds = call.plan.rounds((self.bank.weights_key, "weight")) if self.bank.weights_key else ()
+        if not rounds:
+            yield
+            return
+        run = rounds[0][0]
+        if len(call.segments) > 1 or len(rounds) > 1 or run.scale != 1.0:
+            raise RoutingError(
+                f"{run.deltas[0]!r} changes the weights themselves, so all rows of a call must be its own, and no other "
+                f"delta of weights may act with it"
+            )
+        params = self.bank.params(call, (self.bank.weights_key, "weight"), run, self.source.dtype)
+        with swapped_weights(self.source, run.layers[0], params):
+            yield
+
+    # What training loops ask for
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute blocks in the backward pass; each recomputation runs under the call of its forward.
+
+        RoutingError for the reentrant mode, which loses gradients in silence.
+        """
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise RoutingError("reentrant checkpointing loses the delta's gradients: leave use_reentrant=False")
+        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+        self._recall()
+
+    def _recall(self) -> None:
+        for module in self.backbone.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not getattr(function, "recalls", False):
+                if getattr(function, "keywords", {}).get("use_reentrant", False):
+                    raise RoutingError("reentrant checkpointing loses the delta's gradients: use_reentrant=False")
+                module._gradient_checkpointing_func = recalling(function)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the bank's tensors alone: the backbone is frozen and is no state of an `Adapted`."""
+        prefix = kwargs.pop("prefix", "")
+        state: dict[str, Any] = self.bank.state_dict(*args, prefix=f"{prefix}bank.", **kwargs)
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load the bank's tensors, strictly unless told otherwise."""
+        own = {name.removeprefix("bank."): value for name, value in state_dict.items()}
+        return self.bank.load_state_dict(own, strict=strict, assign=assign)
+
+    def save_pretrained(self, folder: str, **_: Any) -> None:
+        """Save the only delta into `folder`, or each into `folder/<name>`."""
+        for name in self.bank.names:
+            target = folder if len(self.bank.names) == 1 else f"{folder}/{name}"
+            self.bank[name].save(target, overwrite=True)
+
+    def remove(self) -> nn.Module:
+        """Take the deltas off and return the backbone exactly as it was before."""
+        self.attachment.remove()
+        return self.backbone
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("backbone", "bank", "source"):
+                raise
+            return getattr(self.backbone, name)
+
+    def __enter__(self) -> Adapted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def adapt(
+    source: Backbone | nn.Module | str,
+    *deltas: Spec | Delta,
+    seed: int = 0,
+    verify: bool = True,
+) -> Adapted:
+    """Attach deltas to a backbone: fresh ones from methods, or saved ones.
+
+    The backbone is frozen until `remove`. BackboneMismatch if a delta was trained on other weights (`verify=False` goes
+    on), SiteError if a selection does not fit.
+    """
+    backbone = load(source)
+    made = [d if isinstance(d, Delta) else Delta.build(d, backbone, seed=seed) for d in deltas]
+    return Adapted(backbone, made, verify=verify)
+
+
+def _rows(kwargs: dict[str, Any]) -> int:
+    for name in ("input_ids", "inputs_embeds", "pixel_values", "input_features", "decoder_input_ids", "attention_mask"):
+        value = kwargs.get(name)
+        if isinstance(value, Tensor):
+            return int(value.shape[0])
+    tensors = [v for v in kwargs.values() if isinstance(v, Tensor)]
+    if not tensors:
+        raise RoutingError("no tensor among the inputs: the number of rows is unknown")
+    return int(tensors[0].shape[0])

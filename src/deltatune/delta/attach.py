@@ -1,0 +1,214 @@
+"""Attachment: the hooks of a bank on a backbone, and what is needed to give the backbone back exactly.
+
+Several banks may be attached to one backbone and come off in any order. What they share (frozen flags, the attention
+function) is kept in one ledger on the backbone, which goes away with the last of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.backbone.fingerprint import compare
+from deltatune.backbone.load import Backbone
+from deltatune.backbone.sites import ORDER, Site
+from deltatune.delta.attention import registered
+from deltatune.delta.bank import Bank
+from deltatune.delta.call import current
+from deltatune.delta.delta import Delta
+from deltatune.delta.layer import Layer, Params, WeightLayer
+from deltatune.errors import BackboneMismatch, RoutingError, SiteError, nearest
+
+LEDGER = "_deltatune_ledger"
+
+
+class SiteHook:
+    """Acts on one module during a call of its own bank; otherwise the module runs as if nothing were there."""
+
+    def __init__(self, bank: Bank, opens: list[Site], inputs: list[Site], exits: list[Site]) -> None:
+        self.bank, self.opens, self.inputs, self.exits = bank, opens, inputs, exits
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Keep the inputs of the spans that open here, and run the layers of input ports."""
+        call = current()
+        if call is None or call.bank is not self.bank:
+            return None
+        for site in self.opens:
+            call.spans[site.key] = args[0]
+        if not self.inputs:
+            return None
+        h = args[0]
+        for site in self.inputs:
+            h = self.bank.execute(call, site, "input", None, h)
+        return (h, *args[1:])
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Run the layers of the spans that close here, inner before outer."""
+        call = current()
+        if call is None or call.bank is not self.bank:
+            return None
+        h = output if isinstance(output, Tensor) else output[0]
+        for site in self.exits:
+            x = args[0] if site.entry == site.exit else call.spans.pop(site.key, None)
+            h = self.bank.execute(call, site, "output", x, h)
+        return h if isinstance(output, Tensor) else (h, *output[1:])
+
+
+class Attachment:
+    """The hooks of one bank. `live` until removed."""
+
+    def __init__(self, bank: Bank, source: Backbone) -> None:
+        self.bank, self.module, self.live = bank, source.module, True
+        _refuse_compiled(source.module)
+        ports: dict[str, tuple[list[Site], list[Site], list[Site]]] = {}
+        for key, port in sorted(bank.places, key=lambda place: ORDER[bank.sites[place[0]].name]):
+            site = bank.sites[key]
+            if port == "kv":
+                assert site.heads is not None
+                bank.attention_sites[source.module.get_submodule(site.heads.module)] = site
+            elif port == "tokens":
+                bank.has_tokens = True
+            elif port == "weight":
+                bank.weights_key = key
+            elif port == "input":
+                ports.setdefault(site.entry, ([], [], []))[1].append(site)
+            else:
+                ports.setdefault(site.exit, ([], [], []))[2].append(site)
+                if site.entry != site.exit:
+                    ports.setdefault(site.entry, ([], [], []))[0].append(site)
+        enter_ledger(source.module)
+        for path, (opens, inputs, exits) in ports.items():
+            module = source.module.get_submodule(path)
+            hook = SiteHook(bank, opens, inputs, exits)
+            if opens or inputs:
+                module.register_forward_pre_hook(hook.before)
+            if exits:
+                module.register_forward_hook(hook.after)
+
+    def remove(self) -> None:
+        """Take this bank's hooks off; the last one to go restores flags and the attention function."""
+        if not self.live:
+            return
+        self.live = False
+        for module in self.module.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for number, hook in list(hooks.items()):
+                    owner = getattr(hook, "__self__", None)
+                    if isinstance(owner, SiteHook) and owner.bank is self.bank:
+                        del hooks[number]
+        leave_ledger(self.module)
+
+
+def enter_ledger(module: nn.Module) -> None:
+    """Freeze the backbone and put our attention in front of its own, once for all banks on it."""
+    ledger = module.__dict__.get(LEDGER)
+    if ledger is None:
+        configs = _configs(module)
+        ledger = {
+            "banks": 0,
+            "requires_grad": {name: p.requires_grad for name, p in module.named_parameters()},
+            "attention": {path: config._attn_implementation for path, config in configs.items()},
+        }
+        for config in configs.values():
+            if config._attn_implementation in ("sdpa", "eager"):
+                config._attn_implementation_internal = registered(config._attn_implementation)
+        module.__dict__[LEDGER] = ledger
+        module.requires_grad_(False)
+    ledger["banks"] += 1
+
+
+def leave_ledger(module: nn.Module) -> None:
+    """Undo `enter_ledger` when the last bank goes."""
+    ledger = module.__dict__[LEDGER]
+    ledger["banks"] -= 1
+    if ledger["banks"]:
+        return
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(ledger["requires_grad"][name])
+    for path, config in _configs(module).items():
+        config._attn_implementation_internal = ledger["attention"][path]
+    for part in module.modules():
+        function = part.__dict__.get("_gradient_checkpointing_func")
+        if getattr(function, "recalls", False):
+            part._gradient_checkpointing_func = function.__wrapped__
+    del module.__dict__[LEDGER]
+
+
+def _configs(module: nn.Module) -> dict[str, Any]:
+    """Return path -> config of every distinct config object that names an attention implementation."""
+    found: dict[int, tuple[str, Any]] = {}
+    for path, part in module.named_modules():
+        config = part.__dict__.get("config")
+        if hasattr(config, "_attn_implementation_internal"):
+            found.setdefault(id(config), (path, config))
+    return dict(found.values())
+
+
+def _refuse_compiled(module: nn.Module) -> None:
+    if any(type(part).__name__ == "OptimizedModule" or part._compiled_call_impl for part in module.modules()):
+        raise RoutingError("this backbone is compiled, and hooks added now would be ignored: adapt it first, then compile")
+
+
+def check_fits(delta: Delta, source: Backbone, *, verify: bool = True) -> dict[str, Site]:
+    """Find a delta's sites on a backbone: address -> site.
+
+    BackboneMismatch if the weights are others than those it was trained on or its sites have other widths (the latter
+    whatever `verify` says).
+    """
+    if verify and delta.fingerprint:
+        verdict = compare(delta.fingerprint, source.fingerprint())
+        if verdict == "different":
+            raise BackboneMismatch(
+                f"delta {delta.name!r} was trained on other weights than {source.name!r} has (it names "
+                f"{delta.backbone_name!r}); load that backbone, or pass verify=False to go on at your own risk"
+            )
+        if verdict == "same up to dtype":
+            import warnings
+
+            warnings.warn(
+                f"delta {delta.name!r} was trained on the same backbone in {delta.fingerprint['dtype']}", stacklevel=4
+            )
+    bound: dict[str, Site] = {}
+    for address, site in delta.sites.items():
+        here = source.anatomy.by_key.get(site.key)
+        if here is None:
+            raise BackboneMismatch(
+                f"delta {delta.name!r} needs site {site.key!r}, which {source.name!r} lacks"
+                f"{nearest(site.key, source.anatomy.by_key)}"
+            )
+        if (here.d_in, here.d_out, here.shapes) != (site.d_in, site.d_out, site.shapes):
+            raise BackboneMismatch(
+                f"delta {delta.name!r} needs {site.key!r} of widths {site.d_in}->{site.d_out}, "
+                f"{source.name!r} has {here.d_in}->{here.d_out}"
+            )
+        layer = delta.layers[address]
+        if isinstance(layer, Layer) and layer.port == "kv" and here.heads is None:
+            raise SiteError(f"{source.name!r} computes attention at {site.key!r} in a way that takes no prefix")
+        bound[address] = here
+    return bound
+
+
+@contextmanager
+def swapped_weights(source: Backbone, layer: Layer, params: Params) -> Iterator[None]:
+    """Run a block with the backbone's parameters replaced by a weight layer's values."""
+    assert isinstance(layer, WeightLayer)
+    old: list[tuple[nn.Module, str, Any]] = []
+    replaced: dict[int, torch.Tensor] = {}
+    try:
+        for key, path in source.anatomy.parameters.items():
+            parameter = source.module.get_parameter(path)
+            replaced[id(parameter)] = layer.weight(params, key, parameter)
+        for module in source.module.modules():  # tied weights stand in several places
+            for name, parameter in list(module._parameters.items()):
+                if id(parameter) in replaced:
+                    old.append((module, name, parameter))
+        for module, name, parameter in old:
+            module._parameters[name] = replaced[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for module, name, parameter in old:
+            module._parameters[name] = parameter

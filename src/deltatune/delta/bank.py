@@ -1,0 +1,225 @@
+"""The bank: the deltas attached to one backbone, their parameters stacked, and the engine that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.backbone.sites import Site
+from deltatune.delta.call import Call, Segment
+from deltatune.delta.delta import Delta, generator
+from deltatune.delta.layer import Layer, Params
+from deltatune.delta.plan import Place, Plan, Run
+from deltatune.errors import RoutingError, UnknownName
+
+PLANS_KEPT = 64
+
+
+class _Stacked(torch.autograd.Function):
+    """Read rows of a stack as one tensor, and hand each leaf its own gradient.
+
+    The leaves are views of the stack, so nothing is copied; an absent leaf gets no gradient at all, so no optimiser
+    moves it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, stack: Tensor, rows: slice | Tensor, dtype: torch.dtype, *leaves: Tensor) -> Tensor:
+        ctx.leaf_dtype = stack.dtype
+        return stack[rows].to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, None, *gradients[0].to(ctx.leaf_dtype).unbind(0))
+
+
+class Stack:
+    """The parameters of all layers of one kind at one place, each a [deltas, ...] tensor that the leaves are views of."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.position = {id(layer): i for i, layer in enumerate(layers)}
+        self.tensors: dict[str, Tensor] = {}
+        for name in layers[0].names():
+            leaves = [layer.get_parameter(name) for layer in layers]
+            stack = torch.stack([leaf.detach() for leaf in leaves])
+            for leaf, row in zip(leaves, stack.unbind(0), strict=True):
+                leaf.data = row
+            self.tensors[name] = stack
+
+    def rows(self, layers: Sequence[Layer]) -> slice | Tensor:
+        """Return where these layers stand: a slice if they follow each other, else an index."""
+        found = [self.position[id(layer)] for layer in layers]
+        if found == list(range(found[0], found[0] + len(found))):
+            return slice(found[0], found[0] + len(found))
+        return torch.tensor(found, device=next(iter(self.tensors.values())).device)
+
+
+class Bank(nn.Module):
+    """Deltas by name. Their parameters are leaves of their own, and views of one stack per place and kind."""
+
+    def __init__(self, deltas: Sequence[Delta], sites: Sequence[dict[str, Site]]) -> None:
+        super().__init__()
+        self.names = [delta.name for delta in deltas]
+        repeated = sorted({name for name in self.names if self.names.count(name) > 1})
+        if repeated:
+            raise RoutingError(f"two deltas are called {repeated[0]!r}; give each a name of its own")
+        self.deltas = nn.ModuleList(deltas)
+        # Place -> delta -> its layers there, in the order in which they act.
+        self.places: dict[Place, dict[str, tuple[Layer, ...]]] = {}
+        self.sites: dict[str, Site] = {}
+        # Set by the attachment: what the rest of the engine asks on each call.
+        self.attention_sites: dict[nn.Module, Site] = {}
+        self.has_tokens, self.weights_key = False, ""
+        for delta, bound in zip(deltas, sites, strict=True):
+            for address, layer in delta.layers.items():
+                site = bound[address]
+                self.sites[site.key] = site
+                found = self.places.setdefault((site.key, layer.port), {})  # type: ignore[arg-type]
+                found[delta.name] = (*found.get(delta.name, ()), layer)  # type: ignore[arg-type]
+        self._forget()
+
+    def _forget(self) -> None:
+        self.plans: dict[tuple[Any, ...], Plan] = {}
+        self.stacks: dict[tuple[Any, ...], Stack] = {}
+
+    def __getitem__(self, name: str) -> Delta:
+        if name not in self.names:
+            raise UnknownName("delta", name, self.names)
+        delta = self.deltas[self.names.index(name)]
+        assert isinstance(delta, Delta)
+        return delta
+
+    def layers_at(self, place: Place) -> dict[str, tuple[Layer, ...]]:
+        """Return delta -> its layers at a place."""
+        return self.places.get(place, {})
+
+    def plan(self, segments: tuple[Segment, ...], batched: bool = True) -> Plan:
+        """Return the plan of a routing; the last few are kept."""
+        key = (segments, batched)
+        if key not in self.plans:
+            if len(self.plans) >= PLANS_KEPT:
+                del self.plans[next(iter(self.plans))]
+            self.plans[key] = Plan(self, segments, batched)
+        return self.plans[key]
+
+    # Stacks are a second view of the same storage, so whatever copies or moves the leaves ends them.
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Bank:
+        self._unstack()
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._unstack()
+        return {**self.__dict__, "plans": {}, "stacks": {}}
+
+    def _unstack(self) -> None:
+        if self.stacks:
+            for parameter in self.parameters():
+                parameter.data = parameter.data.clone()
+        self._forget()
+
+    def params(self, call: Call, place: Place, run: Run, dtype: torch.dtype) -> Params:
+        """Return the parameters of a run's layers with a leading axis `deltas`, in the dtype of the computation."""
+        layers = run.layers
+        grad = torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters())
+        key = (id(run), dtype)
+        if not grad and key in call.gathered:
+            kept: Params = call.gathered[key]
+            return kept
+        if len(layers) == 1:
+            tensors = {name: layers[0].get_parameter(name)[None].to(dtype) for name in layers[0].names()}
+        else:
+            stack = self._stack(place, layers[0])
+            rows = stack.rows(layers)
+            tensors = {
+                name: _Stacked.apply(values, rows, dtype, *(layer.get_parameter(name) for layer in layers))
+                if grad
+                else values[rows].to(dtype)
+                for name, values in stack.tensors.items()
+            }
+        params = Params({name: t[:, None] if t.ndim == 2 else t for name, t in tensors.items()})
+        if not grad:
+            call.gathered[key] = params
+        return params
+
+    def _stack(self, place: Place, like: Layer) -> Stack:
+        kind = like.kind()
+        key = (place, kind)
+        if key not in self.stacks:
+            same = [layer for found in self.places[place].values() for layer in found if layer.kind() == kind]
+            self.stacks[key] = Stack(same)
+        return self.stacks[key]
+
+    def execute(self, call: Call, site: Site, port: str, x: Tensor | None, h: Tensor) -> Tensor:
+        """Run all layers of the call at one place and return the new tensor.
+
+        x [rows, ..., d_in] the entry of the span, h [rows, ..., d_out] the tensor that changes; dimension 0 must be the
+        call's rows, or those rows expanded. RoutingError otherwise.
+        """
+        place = (site.key, port)
+        rounds = call.plan.rounds(place)
+        if not rounds:
+            return h
+        times = call.expansion(h.shape[0], site.key)
+        order = call.permutation(times)
+        part = site.view.take(h) if site.view is not None and port == "output" else h
+        if order is not None:
+            part = part[order[0]]
+            x = x[order[0]] if x is not None else None
+        for runs in rounds:
+            part = self._round(call, place, runs, times, x, part)
+        if order is not None:
+            part = part[order[1]]
+        return site.view.put(h, part) if site.view is not None and port == "output" else part
+
+    def _round(
+        self, call: Call, place: Place, runs: tuple[Run, ...], times: int, x: Tensor | None, h: Tensor
+    ) -> Tensor:
+        pieces: list[Tensor] = []
+        done = 0
+        for run in runs:
+            start, stop = run.start * times, run.stop * times
+            if start > done:
+                pieces.append(h[done:start])
+            rows = None if x is None else x[start:stop]
+            pieces.append(self._run(call, place, run, rows, h[start:stop]))
+            done = stop
+        if done < h.shape[0]:
+            pieces.append(h[done:])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _run(self, call: Call, place: Place, run: Run, x: Tensor | None, h: Tensor) -> Tensor:
+        layer, k = run.layers[0], len(run.layers)
+        params = self.params(call, place, run, h.dtype)
+        if x is not None and layer.reads_input:
+            x = x.to(h.dtype)
+            if layer.dropout and call.training:
+                x = dropped(call, run, place, layer.dropout, x)
+            x = x.reshape(k, -1, x.shape[-1]) if layer.positionwise else x
+        before = h.reshape(k, -1, h.shape[-1]) if layer.positionwise else h
+        after = layer(params, x if layer.reads_input else None, before).reshape(h.shape).to(h.dtype)
+        if run.scale == 1.0:
+            return after
+        if not layer.scalable:
+            raise RoutingError(f"{type(layer).__name__} cannot act with weight {run.scale}; it takes 0 or 1")
+        return h + run.scale * (after - h)
+
+
+def dropped(call: Call, run: Run, place: Place, rate: float, x: Tensor) -> Tensor:
+    """Apply dropout to x [rows, positions, width].
+
+    With draws, the mask is drawn at the shape of the delta's own logical batch, from (seed, step, place): neither the
+    neighbours nor the padding change it.
+    """
+    if call.draws is None:
+        return nn.functional.dropout(x, rate)
+    draw = call.draws[run.segments[0]]
+    length = min(draw.length, x.shape[1])
+    source = generator(draw.seed, draw.step, *place)
+    keep = torch.rand((x.shape[0], draw.length, x.shape[2]), generator=source) >= rate
+    mask = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    mask[:, :length] = (keep[:, :length] / (1 - rate)).to(x)
+    return x * mask

@@ -1,0 +1,95 @@
+"""A delta: a spec made real on one backbone. It owns its parameters, its head, and knows where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.backbone.load import Backbone
+from deltatune.backbone.sites import ORDER, Site
+from deltatune.delta.layer import Layer
+from deltatune.delta.method import Spec, members
+
+
+class Delta(nn.Module):
+    """Layers at sites, an optional head, and a record of where they came from.
+
+    `layers` maps `<member>/<site key>` (dots written as `:`) to a layer, in the order in which they act at one place.
+    `head` is a module or None. `fingerprint` is the backbone's. `record` is plain data that travels with the file:
+    task, metrics, settings, versions.
+    """
+
+    def __init__(self, spec: Spec, sites: list[tuple[int, Site]], *, seed: int = 0, name: str = "") -> None:
+        super().__init__()
+        self.spec, self.name, self.seed = spec, name or str(spec), seed
+        self.backbone_name = ""
+        self.fingerprint: dict[str, str] = {}
+        self.record: dict[str, Any] = {}
+        self.head: nn.Module | None = None
+        self.sites: dict[str, Site] = {}
+        self.layers = nn.ModuleDict()
+        for member, site in sites:
+            address = f"{member}/{site.key}".replace(".", ":")
+            self.sites[address] = site
+            self.layers[address] = members(spec)[member].layer(site, generator(seed, address))
+
+    @classmethod
+    def build(cls, spec: Spec, backbone: Backbone, *, seed: int = 0, name: str = "") -> Delta:
+        """Make a fresh delta for a backbone; its parameters depend on the spec, the sites and the seed alone.
+
+        SiteError if a selection is empty or names a site that the backbone lacks.
+        """
+        sites = [(i, site) for i, method in enumerate(members(spec)) for site in method.sites(backbone)]
+        delta = cls(spec, sites, seed=seed, name=name)
+        delta.backbone_name, delta.fingerprint = backbone.name, backbone.fingerprint()
+        for (member, site), (address, layer) in zip(sites, delta.layers.items(), strict=True):
+            members(spec)[member].initialise(layer, site, backbone, generator(seed, address, "initialise"))  # type: ignore[arg-type]
+        return delta.to(backbone.device)
+
+    def at_sites(self) -> list[tuple[Site, Layer]]:
+        """Return (site, layer) in the order in which they act at one place."""
+        return [(self.sites[address], layer) for address, layer in self.layers.items()]  # type: ignore[misc]
+
+    def trainable(self) -> int:
+        """Number of parameters of the layers, without the head."""
+        return sum(p.numel() for p in self.layers.parameters())
+
+    def norms(self) -> dict[str, float]:
+        """Euclidean norm of the parameters at each site."""
+        found: dict[str, float] = {}
+        for site, layer in self.at_sites():
+            square = sum(float(p.detach().double().square().sum()) for p in layer.parameters())
+            found[site.key] = (found.get(site.key, 0.0) ** 2 + square) ** 0.5
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors of layers and head by name, detached."""
+        return {name: p.detach() for name, p in self.state_dict().items()}
+
+    def save(self, folder: str, *, overwrite: bool = False) -> None:
+        """Write `delta.json` and `delta.safetensors`; see `deltatune.delta.files.save`."""
+        from deltatune.delta.files import save
+
+        save(self, folder, overwrite=overwrite)
+
+    @staticmethod
+    def load(folder: str, backbone: Backbone | None = None, *, verify: bool = True) -> Delta:
+        """Read a saved delta; see `deltatune.delta.files.load`."""
+        from deltatune.delta.files import load
+
+        return load(folder, backbone, verify=verify)
+
+    def __repr__(self) -> str:
+        sites = sorted({site.name for site in self.sites.values()}, key=ORDER.__getitem__)
+        head = f", head {type(self.head).__name__}" if self.head is not None else ""
+        return f"Delta({self.name!r}, {self.trainable():,} parameters at {' '.join(sites) or 'no site'}{head})"
+
+
+def generator(seed: int, *keys: object) -> torch.Generator:
+    """A generator that depends on the seed and the keys alone, so that no neighbour changes what is drawn."""
+    text = ":".join(map(str, (seed, *keys))).encode()
+    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+    return torch.Generator().manual_seed(number)

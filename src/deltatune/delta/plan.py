@@ -1,0 +1,79 @@
+"""Plans: how the layers at each site run for one routing. Worked out once per routing and kept by the bank.
+
+One meaning, two executions. The meaning is a loop over segments of rows. Neighbouring segments whose layers are of one
+kind and whose row counts agree run as one batched product instead; a law says that both agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deltatune.delta.call import Segment
+from deltatune.delta.layer import Layer
+
+if TYPE_CHECKING:
+    from deltatune.delta.bank import Bank
+
+Place = tuple[str, str]  # (site key, port)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Rows `start:stop` whose deltas' layers run together: the same kind, the same number of rows each."""
+
+    start: int
+    stop: int
+    layers: tuple[Layer, ...]
+    deltas: tuple[str, ...]
+    segments: tuple[int, ...]
+    scale: float = 1.0
+
+
+class Plan:
+    """The runs at every place for one sequence of segments."""
+
+    def __init__(self, bank: Bank, segments: tuple[Segment, ...], batched: bool = True) -> None:
+        self._bank, self._segments, self._batched = bank, segments, batched
+        self._rounds: dict[Place, tuple[tuple[Run, ...], ...]] = {}
+
+    def rounds(self, place: Place) -> tuple[tuple[Run, ...], ...]:
+        """Return the rounds at a place: in round j every delta's j-th layer there acts."""
+        if place not in self._rounds:
+            self._rounds[place] = tuple(self._build(place))
+        return self._rounds[place]
+
+    def _build(self, place: Place) -> list[tuple[Run, ...]]:
+        layers = self._bank.layers_at(place)
+        here = [layers.get(s.delta, ()) if s.delta is not None else () for s in self._segments]
+        depth = max((len(found) for found in here), default=0)
+        return [self._round([found[j] if j < len(found) else None for found in here]) for j in range(depth)]
+
+    def _round(self, layers: Sequence[Layer | None]) -> tuple[Run, ...]:
+        runs: list[Run] = []
+        start = 0
+        for number, (segment, layer) in enumerate(zip(self._segments, layers, strict=True)):
+            stop = start + segment.rows
+            if layer is not None and segment.scale != 0 and segment.delta is not None:
+                run = Run(start, stop, (layer,), (segment.delta,), (number,), segment.scale)
+                if runs and self._batched and self._joins(runs[-1], run):
+                    last = runs.pop()
+                    run = Run(
+                        last.start, stop, last.layers + run.layers, last.deltas + run.deltas, last.segments + run.segments
+                    )
+                runs.append(run)
+            start = stop
+        return tuple(runs)
+
+    @staticmethod
+    def _joins(left: Run, right: Run) -> bool:
+        first, layer = left.layers[0], right.layers[0]
+        return (
+            left.stop == right.start
+            and layer.positionwise
+            and layer.dropout == 0
+            and left.scale == right.scale == 1.0
+            and (left.stop - left.start) // len(left.layers) == right.stop - right.start
+            and first.kind() == layer.kind()
+        )

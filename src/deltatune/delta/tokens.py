@@ -1,0 +1,137 @@
+"""The call rewriter: put trained tokens into the input and take their positions out of the output again.
+
+BERT-likes get them after the first token, since their pooler reads position 0; all others at the front. Heads never see
+the added positions, so no index of theirs moves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.backbone.load import Backbone
+from deltatune.delta.call import Call
+from deltatune.delta.layer import TokenLayer
+from deltatune.errors import RoutingError
+
+PER_TOKEN = ("logits", "last_hidden_state", "hidden_states")
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """`number` positions stand before position `at` of each row."""
+
+    at: int
+    number: int
+
+    def strip(self, output: Any, kind: str) -> Any:
+        """Take the inserted positions out of a model output [rows, positions, ...]."""
+        prefix = "encoder_" if kind == "encoder-decoder" else ""
+        for name in PER_TOKEN:
+            value = output.get(prefix + name) if hasattr(output, "get") else None
+            if isinstance(value, Tensor):
+                output[prefix + name] = self._cut(value)
+            elif isinstance(value, tuple):
+                output[prefix + name] = tuple(self._cut(v) for v in value)
+        return output
+
+    def _cut(self, value: Tensor) -> Tensor:
+        return torch.cat([value[:, : self.at], value[:, self.at + self.number :]], dim=1)
+
+
+def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generating: bool = False) -> Inserted | None:
+    """Put the call's tokens into `inputs` (changed in place); None if no row has any.
+
+    Rows may have different numbers of tokens: what a row lacks is masked, and its positions do not move. RoutingError if
+    the inputs hold no token ids, or if a row gets longer than the backbone's positions.
+    """
+    found = _tokens(call, backbone)
+    if found is None:
+        return None
+    added, seen = found
+    ids, embeds = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
+    if ids is None and embeds is None:
+        raise RoutingError("a prompt needs input_ids or inputs_embeds, given by name")
+    if embeds is None:
+        embeds = backbone.module.get_input_embeddings()(ids)
+    rows, length = embeds.shape[:2]
+    at = 1 if backbone.kind == "encoder" else 0
+    number = added.shape[1]
+    limit = backbone.positions
+    if limit is not None and length + number > limit:
+        raise RoutingError(f"{length} tokens and a prompt of {number} exceed the {limit} positions of {backbone.name}")
+    mask = inputs.get("attention_mask")
+    mask = torch.ones(rows, length, dtype=torch.long, device=embeds.device) if mask is None else mask
+    if mask.ndim != 2:
+        raise RoutingError(f"a prompt needs an attention mask [rows, tokens], got shape {tuple(mask.shape)}")
+
+    def between(values: Tensor, middle: Tensor) -> Tensor:
+        return torch.cat([values[:, :at], middle, values[:, at:]], dim=1)
+
+    inputs["inputs_embeds"] = between(embeds, added.to(embeds))
+    inputs["attention_mask"] = between(mask, seen.to(mask))
+    if backbone.kind != "encoder-decoder":
+        if not generating:
+            inputs["position_ids"] = _positions(backbone, ids, embeds, inputs.get("position_ids"), at, seen)
+        elif "position_ids" in inputs:
+            raise RoutingError("a prompt sets position_ids itself during generation; leave them out")
+        labels = inputs.get("labels")
+        if isinstance(labels, Tensor) and labels.shape == (rows, length):
+            inputs["labels"] = between(labels, labels.new_full((rows, number), -100))
+    types = inputs.get("token_type_ids")
+    if types is not None:
+        inputs["token_type_ids"] = between(types, types[:, :1].expand(rows, number))
+    return Inserted(at, number)
+
+
+def _tokens(call: Call, backbone: Backbone) -> tuple[Tensor, Tensor] | None:
+    """Return tokens [rows, most, width], filled from the right, and which are real [rows, most]."""
+    site = next((s for s in backbone.anatomy.sites if s.name == "embed"), None)
+    rounds = call.plan.rounds((site.key, "tokens")) if site is not None else ()
+    if site is None or not rounds:
+        return None
+    rows: list[list[Tensor]] = [[] for _ in range(call.rows)]
+    for runs in rounds:
+        for run in runs:
+            layer = run.layers[0]
+            assert isinstance(layer, TokenLayer)
+            if run.scale != 1.0:
+                raise RoutingError(f"a prompt cannot act with weight {run.scale}; it takes 0 or 1")
+            tokens = layer.tokens(call.bank.params(call, (site.key, "tokens"), run, backbone.dtype))
+            each = (run.stop - run.start) // len(run.layers)
+            for row in range(run.start, run.stop):
+                rows[row].append(tokens[(row - run.start) // each])
+    most = max(sum(len(t) for t in parts) for parts in rows)
+    filled, seen = [], torch.zeros(call.rows, most, dtype=torch.bool, device=backbone.device)
+    for row, parts in enumerate(rows):
+        number = sum(len(t) for t in parts)
+        seen[row, most - number :] = True
+        tokens = torch.cat(parts) if parts else torch.zeros(0, site.d_out, dtype=backbone.dtype, device=backbone.device)
+        filled.append(nn.functional.pad(tokens, (0, 0, most - number, 0)))
+    added = torch.stack(filled)
+    order = call.permutation(1)
+    return (added[order[1]], seen[order[1]]) if order else (added, seen)
+
+
+def _positions(
+    backbone: Backbone, ids: Tensor | None, embeds: Tensor, given: Tensor | None, at: int, seen: Tensor
+) -> Tensor:
+    """Positions [rows, tokens + prompt]: what the backbone would use, moved by each row's own number of tokens."""
+    rows, length = embeds.shape[:2]
+    if given is not None:
+        base = given.expand(rows, length)
+    else:
+        base = torch.arange(length, device=embeds.device).expand(rows, length)
+        embeddings = getattr(getattr(backbone.module, "base_model", None), "embeddings", None)
+        if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa counts from after the padding index
+            padding = int(embeddings.padding_idx)
+            base = base + padding + 1
+            if ids is not None:
+                base = embeddings.create_position_ids_from_input_ids(ids, padding)
+    number = seen.sum(dim=1, keepdim=True)
+    start = base[:, at - 1 : at] + 1 if at else base[:, :1]
+    middle = start + (seen.long().cumsum(dim=1) - 1).clamp(min=0)
+    return torch.cat([base[:, :at], middle, base[:, at:] + number], dim=1)

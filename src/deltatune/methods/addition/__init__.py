@@ -1,0 +1,1 @@
+"""Methods that add parameters of their own to the network."""

@@ -1,0 +1,51 @@
+"""Prompt tuning: trained tokens in the input."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from deltatune.backbone.load import Backbone
+from deltatune.backbone.sites import Site
+from deltatune.delta.layer import Layer, Params, TokenLayer, constant
+from deltatune.delta.method import Family, Method
+
+
+class Prompt(Method):
+    """Put n trained vectors among the input's embeddings.
+
+    E(x) <- [P; E(x)], with P [n, d]; BERT-likes get P after their first token. Parameters: n d. At inference every row is
+    n tokens longer; it cannot be merged. Start: embeddings of tokens drawn from the vocabulary; not the identity. It
+    needs many steps and a high rate, and is weak on small models. Source: Lester et al. 2021, The Power of Scale for
+    Parameter-Efficient Prompt Tuning, arXiv:2104.08691.
+    """
+
+    family: ClassVar[Family] = "addition"
+    paper: ClassVar[str] = "arXiv:2104.08691"
+    lr: ClassVar[float] = 3e-2
+
+    n: int = Field(default=20, ge=1)
+    at: str = "embed"
+
+    def layer(self, site: Site, generator: torch.Generator) -> PromptLayer:
+        return PromptLayer(site, self.n)
+
+    def initialise(self, layer: Layer, site: Site, backbone: Backbone, generator: torch.Generator) -> None:
+        table = backbone.module.get_input_embeddings().weight
+        rows = torch.randint(len(table), (self.n,), generator=generator)
+        with torch.no_grad():
+            layer.get_parameter("prompt").copy_(table[rows.to(table.device)])
+
+
+class PromptLayer(TokenLayer):
+    """n tokens."""
+
+    def __init__(self, site: Site, n: int) -> None:
+        super().__init__()
+        self.prompt = constant((n, site.d_out), 0.0)
+
+    def tokens(self, p: Params) -> Tensor:
+        return p.prompt

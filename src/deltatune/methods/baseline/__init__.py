@@ -1,0 +1,1 @@
+"""What a delta is held against: a head alone, and all weights."""

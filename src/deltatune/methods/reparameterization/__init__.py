@@ -1,0 +1,1 @@
+"""Methods that train a small function whose value is a change of the weights."""

@@ -1,0 +1,58 @@
+"""LoRA: a low-rank change of a linear's weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from deltatune.backbone.sites import Site
+from deltatune.delta.layer import Layer, Params, constant, uniform
+from deltatune.delta.method import Family, Method
+
+
+class LoRA(Method):
+    """Add a product of two thin matrices to a linear.
+
+    y = W x + (alpha / r) B A x, with A [r, d_in] and B [d_out, r]. Parameters: r (d_in + d_out) a site. At inference it
+    can be merged and then costs nothing. Start: A Kaiming-uniform, B zero (the identity). It cannot change a norm or an
+    activation. Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
+    """
+
+    family: ClassVar[Family] = "reparameterization"
+    paper: ClassVar[str] = "arXiv:2106.09685"
+    lr: ClassVar[float] = 2e-3
+
+    r: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    at: str = "attn.{q,v}"
+
+    def layer(self, site: Site, generator: torch.Generator) -> LoRALayer:
+        return LoRALayer(site, self.r, self.alpha / self.r, self.dropout, generator)
+
+
+class LoRALayer(Layer):
+    """B A x, scaled, beside a linear."""
+
+    mergeable: ClassVar[bool] = True
+    linear: ClassVar[Literal["linear", "bilinear", "no"]] = "bilinear"
+
+    def __init__(self, site: Site, r: int, scale: float, dropout: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.scale, self.dropout = scale, dropout
+        self.A = uniform((r, site.d_in), 1 / math.sqrt(site.d_in), generator)
+        self.B = constant((site.d_out, r), 0.0)
+
+    def static(self) -> tuple[Any, ...]:
+        return (self.scale,)
+
+    def forward(self, p: Params, x: Tensor | None, h: Tensor) -> Tensor:
+        assert x is not None
+        return torch.baddbmm(h, x @ p.A.mT, p.B.mT, alpha=self.scale)
+
+    def merged(self, p: Params, weight: Tensor) -> Tensor:
+        return weight + self.scale * (p.B @ p.A)[0]

@@ -1,0 +1,1 @@
+"""Methods that train chosen parameters of the network."""

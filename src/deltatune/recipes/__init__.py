@@ -1,0 +1,1 @@
+"""One runnable file per published system, and the ledger of their claims."""
