@@ -123,7 +123,8 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     sites.sort(key=lambda s: (s.stack, -1 if s.block is None else s.block, ORDER[s.name]))
     parameters = _canonical(model, sites)
     shapes = tuple((key, tuple(model.get_parameter(path).shape)) for key, path in parameters.items())
-    sites.append(Site("weights", next(iter(stacks)), None, trunk_path, trunk_path, 0, 0, shapes=shapes))
+    width = next(site.d_out for site in sites if site.name == "block")
+    sites.append(Site("weights", next(iter(stacks)), None, trunk_path, trunk_path, width, width, shapes=shapes))
     present = {s.name for s in sites}
     absent = {name: _reason(name) for name in VOCABULARY if name not in present}
     depth = {stack: len(list(model.get_submodule(path).children())) for stack, path in stacks.items()}
@@ -132,15 +133,16 @@ def find_anatomy(model: nn.Module) -> Anatomy:
 
 def _canonical(model: nn.Module, sites: list[Site]) -> dict[str, str]:
     """Name every parameter of the trunk by the site it stands behind; what wraps the trunk does not matter."""
-    owner: dict[str, str] = {}
+    owner: dict[int, str] = {}  # by parameter and not by path: tied ones have several
     for site in sites:
         if site.name not in ("lm_head", "block", "attn", "cross", "ffn", "ffn.act"):
-            owner.setdefault(site.exit, site.key)
+            for parameter in model.get_submodule(site.exit).parameters(recurse=False):
+                owner.setdefault(id(parameter), site.key)
     blocks = {site.exit: site.key for site in sites if site.name == "block"}
     found: dict[str, str] = {}
-    for path, _ in model.named_parameters():
+    for path, parameter in model.named_parameters():
         module, _, leaf = path.rpartition(".")
-        key = owner.get(module)
+        key = owner.get(id(parameter))
         if key is None:
             inside = next((b for b in blocks if module.startswith(f"{b}.")), None)
             if inside is not None:
@@ -251,7 +253,9 @@ def _heads(model: nn.Module, q_path: str, k_path: str, q_width: int, k_width: in
 def _global_sites(model: nn.Module, trunk: nn.Module, trunk_path: str, stacks: dict[str, str]) -> list[Site]:
     sites: list[Site] = []
     paths = {id(module): path for path, module in model.named_modules()}
-    embed = trunk.get_input_embeddings() if hasattr(trunk, "get_input_embeddings") else None
+    # Of an encoder-decoder take the encoder's own module: the shared one may hold the table and never be called.
+    owner = trunk.get_encoder() if len(stacks) == 2 and hasattr(trunk, "get_encoder") else trunk
+    embed = owner.get_input_embeddings() if hasattr(owner, "get_input_embeddings") else None
     first = "encoder" if "encoder" in stacks else "decoder"
     if isinstance(embed, nn.Embedding):
         path = paths[id(embed)]

@@ -24,11 +24,12 @@ def cached(name: str, key: str, make: Callable[[], str]) -> str:
 
     Written whole or not at all; where the folder cannot be written the text is made anew each time.
     """
-    path = cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.gz"
-    with contextlib.suppress(OSError, EOFError, zlib.error):
-        return gzip.decompress(path.read_bytes()).decode()
+    file_name = f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.gz"
+    with contextlib.suppress(OSError, EOFError, zlib.error, RuntimeError):
+        return gzip.decompress((cache_folder() / file_name).read_bytes()).decode()
     text = make()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
+        path = cache_folder() / file_name
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         try:

@@ -26,6 +26,7 @@ LIKELY: Mapping[str, str] = {
     "source": "source input article document question prompt src instruction code",
     "target": "target output summary answer response completion translation tgt headline reply",
 }
+WORDY = 1.2  # words in a cell on average, above which a column is text and not a name or a number
 PAIRS = (("premise", "hypothesis"), ("query", "passage"), ("query", "document"), ("question", "sentence"))
 
 
@@ -49,7 +50,10 @@ def resolve(table: Table, columns: Mapping[str, str] | None, kind: Kind | None) 
     if "pair_classification" in fitting and "classification" in fitting:
         fitting.remove("classification")
     if kind is None and "choices" in table.columns and "choices" not in given.values():
-        raise TaskError(f"{table.name}: multiple choice (column 'choices') is not among the kinds: {', '.join(FIELDS)}")
+        raise TaskError(
+            f"{table.name}: multiple choice (column 'choices') is not a kind of task here; expected {', '.join(FIELDS)}; "
+            f"say with kind= how to read the other columns, or remove 'choices'"
+        )
     if len(fitting) > 1:
         raise TaskError(f"{table.name} fits {' and '.join(fitting)}; say which one with kind={fitting[0]!r}")
     if not fitting:
@@ -130,7 +134,7 @@ def _guess(kind: Kind, free: list[_Column], given: Mapping[str, str]) -> tuple[f
     """Return how good the best choice of columns for a kind is (0 to 2 for each field), and the choice."""
     taken, total = dict(given), 0.0
     if kind == "pair_classification" and not given.keys() & {"text", "text_b"}:
-        pair = _pair([column.name for column in free])
+        pair = _pair([column.name for column in free if column.words > WORDY])
         if pair is None:
             return 0.0, {}
         taken |= {"text": pair[0], "text_b": pair[1]}
@@ -143,7 +147,7 @@ def _guess(kind: Kind, free: list[_Column], given: Mapping[str, str]) -> tuple[f
         scores = [(_likeness(field, c) + _content(field, c, free), c.name) for c in left]
         if kind == "token_classification":
             scores = [(score, name) for score, name in scores if score >= 1.5]
-        fitting = [(score, name) for score, name in scores if score > 0.3]
+        fitting = [(score, name) for score, name in scores if score > 0.1]
         if not fitting:
             return 0.0, {}
         score, taken[field] = max(fitting, key=lambda one: one[0])
@@ -168,7 +172,7 @@ def _content(field: str, column: _Column, columns: list[_Column]) -> float:
         return -2.0
     if field == "label":
         return 1.0 - column.distinct if column.labels else -2.0
-    return column.words / longest if longest > 1.5 and column.words > 1.2 else -2.0
+    return column.words / longest if column.words > WORDY else -2.0
 
 
 def _pair(names: list[str]) -> tuple[str, str] | None:

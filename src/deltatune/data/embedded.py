@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 
 from deltatune.data import stdlib_tasks
+from deltatune.data.procedural import procedural_task, procedural_tasks
 from deltatune.data.task import Task
 
 STDLIB: Mapping[str, tuple[str, Callable[[], Task]]] = {
@@ -19,10 +20,10 @@ STDLIB: Mapping[str, tuple[str, Callable[[], Task]]] = {
 
 def embedded_tasks() -> dict[str, str]:
     """Return the name of every embedded task with one line on what it is; nothing is made for it."""
-    return {name: line for name, (line, _) in STDLIB.items()}
+    return {name: line for name, (line, _) in STDLIB.items()} | procedural_tasks()
 
 
 @cache
 def build(name: str) -> Task:
     """Make an embedded task."""
-    return STDLIB[name][1]()
+    return STDLIB[name][1]() if name in STDLIB else procedural_task(name)

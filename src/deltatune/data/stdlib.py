@@ -6,6 +6,8 @@ import ast
 import json
 import sys
 import sysconfig
+import textwrap
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +22,6 @@ LEFT_OUT = (
     "pydoc_data", "turtledemo", "tkinter", "turtle", "encodings", "__phello__",
 )  # fmt: skip
 PUBLIC_NAMES = {"_pydecimal": "decimal", "_pyio": "io", "_pydatetime": "datetime", "_pylong": "int"}
-
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ def entries() -> list[Entry]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     version = ".".join(map(str, sys.version_info[:3]))
-    rows = cached(f"stdlib-{version}", key=str(root), make=lambda: json.dumps([asdict(e) for e in _walk(root)]))
+    # This file's text is in the key: what is cached is what this code finds.
+    key = f"{root}\n{Path(__file__).read_text('utf-8')}"
+    rows = cached(f"stdlib-{version}", key, make=lambda: json.dumps([asdict(e) for e in _walk(root)]))
     found = [Entry(**{**row, "parameters": tuple(row["parameters"])}) for row in json.loads(rows)]
     if not found:
         raise TaskError(f"no sources of the Python standard library under {root}; use an interpreter that has them")
@@ -57,20 +60,29 @@ def _walk(root: Path) -> Iterator[Entry]:
             continue
         try:
             source = path.read_text("utf-8")
-            tree = ast.parse(source)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of an escape or a comparison in somebody else's code
+                tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):
             continue
         module = ".".join(part for part in parts if part != "__init__")
         package = PUBLIC_NAMES.get(parts[0], parts[0])
-        yield from _documented(tree, source.splitlines(), package, module, inside=None)
+        yield from _documented(tree, source.split("\n"), package, module, inside=None)
 
 
 def _documented(node: ast.AST, lines: list[str], package: str, module: str, inside: str | None) -> Iterator[Entry]:
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         doc = ast.get_docstring(node)
         if doc:
-            yield Entry(package, module, getattr(node, "name", module), _what(node, inside), _parameters(node), doc,
-                        _code(node, lines))
+            yield Entry(
+                package,
+                module,
+                getattr(node, "name", module),
+                _what(node, inside),
+                _parameters(node),
+                doc,
+                _code(node, lines),
+            )
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _documented(child, lines, package, module, inside=type(node).__name__)
@@ -99,4 +111,4 @@ def _code(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionD
     if (node.end_lineno or 0) - node.lineno > 40:
         return ""
     head = lines[node.lineno - 1 : node.body[0].lineno - 1]
-    return "\n".join(head + lines[(node.body[0].end_lineno or 0) : node.end_lineno])
+    return textwrap.dedent("\n".join(head + lines[(node.body[0].end_lineno or 0) : node.end_lineno]))

@@ -57,7 +57,7 @@ def stdlib_summary() -> Task:
     rows = [row for row in _distinct(pairs, "source") if 3 < len(row["target"].split()) < 25]
     return _task(
         "stdlib_summary", "generation", "rouge_l", _cut(_distinct(rows, "target"), (1500, 200, 300)),
-        template="{source}\n\nWhat this function does: ", what="source of a function -> first sentence of its docstring",
+        template="{source}\n\nWhat it does: ", what="source of a function -> first sentence of its docstring",
     )  # fmt: skip
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone, load
-from deltatune.delta.attach import Attachment, check_fits, swapped_weights
+from deltatune.delta.attach import Attachment, check_fits, new_weights
 from deltatune.delta.bank import Bank
-from deltatune.delta.call import Call, Draw, Segment, entered, recalling, segments_of
+from deltatune.delta.call import Call, Draw, Segment, entered, recalling, segments_of, swapped
 from deltatune.delta.delta import Delta
 from deltatune.delta.method import Spec
 from deltatune.delta.tokens import Inserted, rewrite
@@ -21,7 +22,8 @@ from deltatune.errors import RoutingError, UnknownName
 
 Route = str | Delta | None | Sequence["str | Delta | None"]
 _UNSET: Any = object()
-_using: ContextVar[Any] = ContextVar("deltatune_using", default=_UNSET)
+# What `using` says, for each Adapted by its id: a block of one says nothing about another.
+_using: ContextVar[Mapping[int, Any]] = ContextVar("deltatune_using", default=MappingProxyType({}))
 
 
 class Adapted(nn.Module):
@@ -40,7 +42,9 @@ class Adapted(nn.Module):
         self.bank = Bank(deltas, bound)
         self.attachment = Attachment(self.bank, source)
         self.batched = True
-        self.train(source.module.training)
+        # The backbone's own flags stay: parts of it may be in another mode.
+        self.training = source.module.training
+        self.bank.train(self.training)
 
     # Routing
 
@@ -59,7 +63,7 @@ class Adapted(nn.Module):
         `using` says, or the only delta there is. RoutingError if that is unclear or the number of rows differs.
         """
         if route is _UNSET:
-            route = _using.get()
+            route = _using.get().get(id(self), _UNSET)
         if route is _UNSET:
             if len(self.bank.names) != 1:
                 raise RoutingError(
@@ -76,15 +80,20 @@ class Adapted(nn.Module):
         segments, order = segments_of(names)
         if scale != 1.0:
             segments = tuple(Segment(s.delta, s.rows, scale) for s in segments)
-        return Call(
-            self.bank,
-            self.bank.plan(segments, self.batched),
-            segments,
-            torch.tensor(order, device=self.source.device) if order else None,
-            expand,
-            self.bank.training,
-            draws,
-        )
+        moved = torch.tensor(order, device=self.source.device) if order else None
+        return self.routed(segments, order=moved, expand=expand, draws=draws)
+
+    def routed(
+        self,
+        segments: tuple[Segment, ...],
+        *,
+        order: Tensor | None = None,
+        expand: int = 1,
+        draws: tuple[Draw, ...] | None = None,
+    ) -> Call:
+        """Make the call of rows that stand in segments already."""
+        plan = self.bank.plan(segments, self.batched)
+        return Call(self.bank, plan, segments, order, expand, self.bank.training, draws)
 
     def _name(self, delta: str | Delta | None) -> str | None:
         name = delta.name if isinstance(delta, Delta) else delta
@@ -95,7 +104,7 @@ class Adapted(nn.Module):
     @contextmanager
     def using(self, route: Route) -> Iterator[Adapted]:
         """Let `route` act in this block, in this thread."""
-        token = _using.set(route)
+        token = _using.set({**_using.get(), id(self): route})
         try:
             yield self
         finally:
@@ -169,8 +178,9 @@ class Adapted(nn.Module):
                 f"{run.deltas[0]!r} changes the weights themselves, so all rows of a call must be its own, and no other "
                 f"delta of weights may act with it"
             )
-        params = self.bank.params(call, (self.bank.weights_key, "weight"), run, self.source.dtype)
-        with swapped_weights(self.source, run.layers[0], params):
+        params = self.bank.params(call, (self.bank.weights_key, "weight"), run, torch.promote_types(self.source.dtype, torch.float32))
+        call.swaps[:] = new_weights(self.source, run.layers[0], params)
+        with swapped(call.swaps):
             yield
 
     # What training loops ask for

@@ -6,11 +6,8 @@ function) is kept in one ledger on the backbone, which goes away with the last o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.fingerprint import compare
@@ -18,12 +15,16 @@ from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import ORDER, Site
 from deltatune.delta.attention import registered
 from deltatune.delta.bank import Bank
-from deltatune.delta.call import current
+from deltatune.delta.call import Swap, current
 from deltatune.delta.delta import Delta
 from deltatune.delta.layer import Layer, Params, WeightLayer
 from deltatune.errors import BackboneMismatch, RoutingError, SiteError, nearest
 
 LEDGER = "_deltatune_ledger"
+# What training mode and checkpointing write on a module.
+SWITCHES = (
+    "training", "gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks"
+)  # fmt: skip
 
 
 class SiteHook:
@@ -111,6 +112,7 @@ def enter_ledger(module: nn.Module) -> None:
         ledger = {
             "banks": 0,
             "requires_grad": {name: p.requires_grad for name, p in module.named_parameters()},
+            "switches": {part: _switches(part) for part in module.modules()},
             "attention": {path: config._attn_implementation for path, config in configs.items()},
         }
         for config in configs.values():
@@ -131,11 +133,21 @@ def leave_ledger(module: nn.Module) -> None:
         parameter.requires_grad_(ledger["requires_grad"][name])
     for path, config in _configs(module).items():
         config._attn_implementation_internal = ledger["attention"][path]
-    for part in module.modules():
-        function = part.__dict__.get("_gradient_checkpointing_func")
-        if getattr(function, "recalls", False):
-            part._gradient_checkpointing_func = function.__wrapped__
+    for part, switches in ledger["switches"].items():
+        # Checkpointing puts hooks on the embeddings that make their output ask for gradients.
+        for hook in part.__dict__.get("_require_grads_hooks", []):
+            if hook not in switches.get("_require_grads_hooks", []):
+                hook.remove()
+        for name in SWITCHES:
+            if name in switches:
+                part.__dict__[name] = switches[name]
+            else:
+                part.__dict__.pop(name, None)
     del module.__dict__[LEDGER]
+
+
+def _switches(part: nn.Module) -> dict[str, Any]:
+    return {name: part.__dict__[name] for name in SWITCHES if name in part.__dict__}
 
 
 def _configs(module: nn.Module) -> dict[str, Any]:
@@ -192,23 +204,16 @@ def check_fits(delta: Delta, source: Backbone, *, verify: bool = True) -> dict[s
     return bound
 
 
-@contextmanager
-def swapped_weights(source: Backbone, layer: Layer, params: Params) -> Iterator[None]:
-    """Run a block with the backbone's parameters replaced by a weight layer's values."""
+def new_weights(source: Backbone, layer: Layer, params: Params) -> list[Swap]:
+    """Return a weight layer's value of every parameter of the trunk, wherever it stands."""
     assert isinstance(layer, WeightLayer)
-    old: list[tuple[nn.Module, str, Any]] = []
-    replaced: dict[int, torch.Tensor] = {}
-    try:
-        for key, path in source.anatomy.parameters.items():
-            parameter = source.module.get_parameter(path)
-            replaced[id(parameter)] = layer.weight(params, key, parameter)
-        for module in source.module.modules():  # tied weights stand in several places
-            for name, parameter in list(module._parameters.items()):
-                if id(parameter) in replaced:
-                    old.append((module, name, parameter))
-        for module, name, parameter in old:
-            module._parameters[name] = replaced[id(parameter)]  # type: ignore[assignment]
-        yield
-    finally:
-        for module, name, parameter in old:
-            module._parameters[name] = parameter
+    replaced: dict[int, Tensor] = {}
+    for key, path in source.anatomy.parameters.items():
+        parameter = source.module.get_parameter(path)
+        replaced[id(parameter)] = layer.weight(params, key, parameter)
+    return [  # tied weights stand in several places
+        (module, name, replaced[id(parameter)])
+        for module in source.module.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in replaced
+    ]

@@ -103,9 +103,13 @@ def plain(
     if mask is None and query.shape[2] > 1 and (module.is_causal if is_causal is None else is_causal):
         mask = causal(query, key)
     if mask is not None:
-        # The least finite number and not -inf: a row that sees nothing must not become NaN.
-        least = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
+        if mask.dtype == torch.bool:
+            # The least finite number and not -inf: a row that sees nothing must not become NaN. Added and not filled in:
+            # the mask has one head, the scores have many.
+            mask = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).masked_fill_(
+                ~mask, torch.finfo(scores.dtype).min
+            )
+        scores = scores + mask
     weights = nn.functional.softmax(scores, dim=-1)
     if dropout:
         weights = nn.functional.dropout(weights, dropout)

@@ -132,8 +132,10 @@ class Bank(nn.Module):
         if len(layers) == 1:
             tensors = {name: layers[0].get_parameter(name)[None].to(dtype) for name in layers[0].names()}
         else:
-            stack = self._stack(place, layers[0])
-            rows = stack.rows(layers)
+            if not run.stacked:
+                stack = self._stack(place, layers[0])
+                run.stacked.extend((stack, stack.rows(layers)))
+            stack, rows = run.stacked
             tensors = {
                 name: _Stacked.apply(values, rows, dtype, *(layer.get_parameter(name) for layer in layers))
                 if grad

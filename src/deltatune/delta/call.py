@@ -7,20 +7,25 @@ other's choice, and a checkpointed block recomputes under the call that it first
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltatune.errors import RoutingError
 
 if TYPE_CHECKING:
     from deltatune.delta.bank import Bank
     from deltatune.delta.plan import Plan
+
+
+Swap = tuple[nn.Module, str, Tensor]  # a module, the name of its parameter, and what replaces it
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,12 @@ class Call:
     expand: int = 1
     training: bool = False
     draws: tuple[Draw, ...] | None = None
-    # Inputs of open spans, and parameters gathered for this call; private to the engine.
+    # Weights that stand in for the backbone's, inputs of open spans, and parameters gathered; private to the engine.
+    swaps: list[Swap] = field(default_factory=list, repr=False)
     spans: dict[str, Tensor] = field(default_factory=dict, repr=False)
     gathered: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Number of rows before any expansion."""
         return sum(segment.rows for segment in self.segments)
@@ -85,6 +91,8 @@ class Call:
 
 
 _current: ContextVar[Call | None] = ContextVar("deltatune_call", default=None)
+# A delta of weights replaces parameters of modules that all threads share, so its bank runs one call at a time.
+_one_at_a_time = threading.RLock()
 
 
 def current() -> Call | None:
@@ -97,9 +105,23 @@ def entered(call: Call | None) -> Iterator[None]:
     """Run a block of code inside a call."""
     token = _current.set(call)
     try:
-        yield
+        with _one_at_a_time if call is not None and call.bank.weights_key else nullcontext():
+            yield
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
+    """Run a block of code with other weights in place of the backbone's own."""
+    own = [(module, name, module._parameters[name]) for module, name, _ in swaps]
+    try:
+        for module, name, weight in swaps:
+            module._parameters[name] = weight  # type: ignore[assignment]
+        yield
+    finally:
+        for module, name, parameter in own:
+            module._parameters[name] = parameter
 
 
 def recalling(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +132,7 @@ def recalling(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         call = current()
 
         def again(*inner: Any, **more: Any) -> Any:
-            with entered(call):
+            with entered(call), swapped(call.swaps if call is not None else ()):
                 return function(*inner, **more)
 
         return checkpoint(again, *args, **kwargs)

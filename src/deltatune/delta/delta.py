@@ -12,6 +12,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import ORDER, Site
 from deltatune.delta.layer import Layer
 from deltatune.delta.method import Spec, members
+from deltatune.errors import SiteError
 
 
 class Delta(nn.Module):
@@ -33,8 +34,10 @@ class Delta(nn.Module):
         self.layers = nn.ModuleDict()
         for member, site in sites:
             address = f"{member}/{site.key}".replace(".", ":")
+            layer = members(spec)[member].layer(site, generator(seed, address))
+            _check_port(layer, site, members(spec)[member].name())
             self.sites[address] = site
-            self.layers[address] = members(spec)[member].layer(site, generator(seed, address))
+            self.layers[address] = layer
 
     @classmethod
     def build(cls, spec: Spec, backbone: Backbone, *, seed: int = 0, name: str = "") -> Delta:
@@ -86,6 +89,17 @@ class Delta(nn.Module):
         sites = sorted({site.name for site in self.sites.values()}, key=ORDER.__getitem__)
         head = f", head {type(self.head).__name__}" if self.head is not None else ""
         return f"Delta({self.name!r}, {self.trainable():,} parameters at {' '.join(sites) or 'no site'}{head})"
+
+
+def _check_port(layer: Layer, site: Site, method: str) -> None:
+    """SiteError for a layer at a site that has not what its port acts on."""
+    wants = {"tokens": "embed", "weight": "weights"}.get(layer.port)
+    if (wants and site.name != wants) or (not wants and site.name == "weights"):
+        raise SiteError(f"{method} cannot stand at {site.name!r}; expected {f'at={wants!r}' if wants else 'another site'}")
+    if site.name == "embed" and (layer.port == "input" or (layer.reads_input and layer.port == "output")):
+        raise SiteError(f"{method} reads vectors, and the input of 'embed' is token ids; choose another site")
+    if layer.port == "kv" and site.heads is None:
+        raise SiteError(f"{method} needs attention sites ('attn', 'cross'); it cannot stand at {site.key!r}")
 
 
 def generator(seed: int, *keys: object) -> torch.Generator:

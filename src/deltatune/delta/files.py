@@ -147,7 +147,7 @@ def _fill(delta: Delta, tensors: dict[str, Tensor], place: Path) -> None:
                 f"{place / TENSORS}: {name!r} has shape {tuple(value.shape)}, expected {tuple(wanted[name].shape)}"
             )
     with torch.no_grad():
-        delta.load_state_dict(tensors, strict=True, assign=False)
+        delta.load_state_dict(tensors, strict=True, assign=True)  # keeps the dtype of the file
 
 
 def _digest(file: Path) -> str:

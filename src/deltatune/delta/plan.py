@@ -7,8 +7,8 @@ kind and whose row counts agree run as one batched product instead; a law says t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from deltatune.delta.call import Segment
 from deltatune.delta.layer import Layer
@@ -29,6 +29,8 @@ class Run:
     deltas: tuple[str, ...]
     segments: tuple[int, ...]
     scale: float = 1.0
+    # Where the layers stand in their stack; found once by the bank, whose stacks live no longer than its plans.
+    stacked: list[Any] = field(default_factory=list, repr=False)
 
 
 class Plan:

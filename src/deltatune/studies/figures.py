@@ -26,7 +26,7 @@ def score_against_parameters(result: Result, first: str, second: str | None, nar
 
     Returns None when no row has both a score and parameters. `narrow` is the drawing for a phone.
     """
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     scale, split = scale_of(result), shown_split(result)
     rows = [row for row in ordered(result) if row["trainable"] > 0 and measured(row, split)]
@@ -42,6 +42,9 @@ def score_against_parameters(result: Result, first: str, second: str | None, nar
             tips[f"row{place}"] = _point(axes, row, scale, split, first, second, f"row{place}")
             if split == "dev" and measured(row, "test"):
                 tips[f"test{place}"] = _point(axes, row, scale, "test", first, second, f"test{place}")
+        sizes = [row["trainable"] for row in rows]
+        # Less than a decade and a half may hold a single power of ten, or none.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(sizes) < 30 * min(sizes) else (1,)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(round(value))))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("trained parameters", labelpad=5)

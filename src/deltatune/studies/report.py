@@ -78,7 +78,7 @@ def render(result: Mapping[str, Any]) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         **{
             name: _unbroken(getattr(formatting, name))
-            for name in ("count", "size", "duration", "share", "plural", "times")
+            for name in ("count", "size", "duration", "share", "plural", "times", "magnitude")
         },
         UNKNOWN=formatting.UNKNOWN,
         measured=measured,
@@ -155,6 +155,12 @@ class _Page:
 
     def scatter(self, narrow: bool) -> Any:
         return figures.score_against_parameters(self.result, self.first, self.second, narrow)
+
+    def others(self) -> list[str]:
+        """Deltas that are neither the first two nor baselines."""
+        return [
+            row["delta"] for row in self.rows if not row["baseline"] and row["delta"] not in (self.first, self.second)
+        ]
 
     def unseen(self) -> list[str]:
         """Deltas that the drawing cannot show: no score."""

@@ -72,7 +72,6 @@ def to_svg(figure: Figure, name: str, label: str, tips: Mapping[str, str] | None
     text = buffer.getvalue()
     view = re.search(r'viewBox="([^"]+)"', text)
     assert view, "matplotlib wrote an SVG without a viewBox"
-    width = view[1].split()[2]
     body = text[text.index(">", view.start()) + 1 : text.rindex("</svg>")]
     # The page's style sheet holds this rule; here it would apply to the whole page.
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
@@ -87,7 +86,4 @@ def to_svg(figure: Figure, name: str, label: str, tips: Mapping[str, str] | None
     for gid, tip in (tips or {}).items():
         body = body.replace(f'<g id="{name}-{gid}">', f'<g id="{name}-{gid}"><title>{escape(tip)}</title>')
     body = re.sub(r"\s*\n\s*", "\n", body)
-    return Markup(
-        f'<svg class="drawing" role="img" aria-label="{escape(label)}" viewBox="{view[1]}" '
-        f'style="max-width:{float(width):.0f}px">{body}</svg>'
-    )
+    return Markup(f'<svg class="drawing" role="img" aria-label="{escape(label)}" viewBox="{view[1]}">{body}</svg>')

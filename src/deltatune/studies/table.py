@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from deltatune.studies.comparison import (
     baseline_scores,
@@ -14,20 +15,22 @@ from deltatune.studies.comparison import (
     shown_split,
 )
 from deltatune.studies.formatting import UNKNOWN, count, duration, scale_of, size
-from deltatune.studies.schema import HEAD_ONLY, Result, SummaryRow
+from deltatune.studies.schema import HEAD_ONLY, SummaryRow, check_result
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def summary_table(result: Result) -> Table:
+def summary_table(result: Mapping[str, Any]) -> Table:
     """Return a row per delta: parameters, mean ± interval on dev and test, gain over head-only, seconds, bytes.
 
     The chosen is marked and first, the baselines are last; the caption says what the intervals are and what diverged.
+    Raises UserError when `result` does not fit the schema.
     """
     from rich.table import Table
     from rich.text import Text
 
+    result = check_result(result)
     scale, split = scale_of(result), shown_split(result)
     broken = diverged(result)
     notes = [seeds_phrase(result)]

@@ -41,4 +41,5 @@ class FullLayer(WeightLayer):
             self.register_parameter(key.replace(".", "|"), constant(shape, 0.0))
 
     def weight(self, p: Params, name: str, weight: Tensor) -> Tensor:
-        return weight + getattr(p, name.replace(".", "|")).reshape(weight.shape)
+        change = getattr(p, name.replace(".", "|")).reshape(weight.shape)
+        return (weight.to(change.dtype) + change).to(weight.dtype)

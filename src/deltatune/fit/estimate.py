@@ -1,0 +1,67 @@
+"""What a fit will cost, before its first step: memory from sizes, time from one measured step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from deltatune.fit.engine import Engine
+from deltatune.fit.job import Job, batch_of
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and seconds that a fit is expected to take; tokens of training; parameters trained."""
+
+    memory: int
+    seconds: float
+    tokens: int
+    parameters: int
+
+    def __str__(self) -> str:
+        minutes = f"{self.seconds / 60:.1f} min" if self.seconds >= 90 else f"{self.seconds:.0f} s"
+        return (
+            f"about {self.memory / 2**30:.1f} GiB and {minutes}: "
+            f"{self.tokens / 1e6:.2f} M tokens, {self.parameters:,} parameters"
+        )
+
+
+def estimate(engine: Engine) -> Estimate:
+    """Measure one step of all jobs without an update, and scale it to the whole fit."""
+    jobs = [job for job in engine.jobs if job.active]
+    started, seen = time.perf_counter(), 0
+    for group in engine.groups(jobs):
+        batches = [batch_of(job, engine.backbone) for job in group]
+        seen += sum(b.inputs["input_ids"].numel() for b in batches)
+        losses = engine.losses(group, batches)
+        if any(loss.requires_grad for loss in losses):
+            sum(losses[1:], losses[0]).backward()  # type: ignore[no-untyped-call]
+        for job in group:
+            job.optimiser.zero_grad()
+    spent = time.perf_counter() - started
+    tokens = sum(_tokens(job) for job in jobs)
+    checked = sum(
+        job.plan.settings.evaluations * min(len(job.plan.task.dev), job.plan.settings.dev_rows) + len(job.plan.task.test)
+        for job in jobs
+    ) * (seen / max(1, sum(job.plan.settings.batch for job in jobs)))
+    # A forward pass is about a third of a step.
+    seconds = (tokens + checked / 3) * spent / max(1, seen)
+    return Estimate(_memory(engine), seconds, tokens, sum(p.numel() for job in jobs for p in job.parameters()))
+
+
+def _tokens(job: Job) -> int:
+    mean = sum(len(e.ids) for e in job.train) / len(job.train)
+    return round(mean * job.plan.settings.batch * (job.steps - job.step))
+
+
+def _memory(engine: Engine) -> int:
+    """Weights, four copies of what is trained (value, gradient, two moments) and the best, and one batch's activations."""
+    backbone = engine.backbone
+    size = backbone.dtype.itemsize
+    trained = sum(p.numel() for job in engine.jobs for p in job.parameters())
+    sites = backbone.anatomy.sites
+    kept = sum(s.d_in + s.d_out for s in sites if s.name.startswith(("attn.", "cross.", "ffn.", "norm.")))
+    longest = max((len(e.ids) for job in engine.jobs for e in job.train), default=1)
+    tokens = max(job.plan.settings.tokens for job in engine.jobs)
+    heads = sum(s.heads.number for s in sites if s.heads)
+    return int(backbone.parameters * size + trained * 4 * 5 + tokens * (kept + 3 * heads * longest) * size)

@@ -1,0 +1,162 @@
+"""Predict and score, for one job or many in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deltatune.data.metrics import references, score
+from deltatune.data.task import Row, Task
+from deltatune.delta.adapted import Adapted
+from deltatune.delta.call import Segment
+from deltatune.delta.delta import Delta
+from deltatune.errors import TaskError
+from deltatune.fit.job import Job
+from deltatune.heads.base import Example, TaskHead, collate
+from deltatune.heads.language import Generation
+
+TOKENS = 8192  # most tokens of one physical batch of predictions
+
+
+@dataclass
+class Predictions:
+    """One prediction per row, and the confidence in each (0 to 1; 1 for written text)."""
+
+    values: list[Any]
+    confidence: list[float]
+
+
+def predict(
+    adapted: Adapted, delta: Delta | None, head: TaskHead, rows: Sequence[Row], limit: int
+) -> Predictions:
+    """Predict rows with one delta (None: the bare backbone)."""
+    return predict_many(adapted, [(delta, head)], rows, limit)[0]
+
+
+def predict_many(
+    adapted: Adapted, members: Sequence[tuple[Delta | None, TaskHead]], rows: Sequence[Row], limit: int
+) -> list[Predictions]:
+    """Predict the same rows with several deltas: each batch of rows runs once for all of them."""
+    source = adapted.source
+    if isinstance(members[0][1], Generation):
+        return [_generate(adapted, delta, head, rows, limit) for delta, head in members]
+    examples = members[0][1].encode(rows, source, limit)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    values: list[list[Any]] = [[None] * len(rows) for _ in members]
+    confidence: list[list[float]] = [[0.0] * len(rows) for _ in members]
+    training = adapted.bank.training
+    adapted.bank.eval()
+    try:
+        with torch.inference_mode():
+            for chunk in _chunks(order, examples, len(members)):
+                batch = collate([examples[i] for i in chunk], source)
+                names = [d.name if d is not None and len(d.layers) else None for d, _ in members]
+                hidden = _hidden(adapted, names, batch.inputs)
+                for number, (_, head) in enumerate(members):
+                    found, sure = head.decode(head.scores(hidden[number], batch, source), batch)
+                    for i, value, certain in zip(chunk, found, sure, strict=True):
+                        values[number][i], confidence[number][i] = value, certain
+    finally:
+        adapted.bank.train(training)
+    return [Predictions(v, c) for v, c in zip(values, confidence, strict=True)]
+
+
+def _hidden(
+    adapted: Adapted, names: Sequence[str | None], inputs: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Hidden states of the same rows under each delta; those that change the weights run by themselves."""
+    rows = len(inputs["input_ids"])
+    heavy = {name for name in names if name is not None and _changes_weights(adapted.bank[name])}
+    found: dict[str | None, torch.Tensor] = {}
+    light = list(dict.fromkeys(name for name in names if name not in heavy))
+    for group in [light, *([name] for name in heavy)]:
+        if not group:
+            continue
+        segments = tuple(Segment(name, rows) for name in group)
+        call = adapted.routed(segments)
+        repeated = {key: value.repeat(len(group), 1) for key, value in inputs.items()}
+        hidden = adapted.encode(call=call, **repeated)
+        found.update(zip(group, hidden.split(rows), strict=True))
+    return [found[name] for name in names]
+
+
+def _changes_weights(delta: Delta) -> bool:
+    return any(layer.port == "weight" for _, layer in delta.at_sites())
+
+
+def _chunks(order: Sequence[int], examples: Sequence[Example], times: int) -> list[list[int]]:
+    """Cut rows, shortest first, into chunks of at most TOKENS tokens over all deltas."""
+    chunks: list[list[int]] = []
+    for i in order:
+        if not chunks or (len(chunks[-1]) + 1) * times * len(examples[i].ids) > TOKENS:
+            chunks.append([])
+        chunks[-1].append(i)
+    return chunks
+
+
+def _generate(adapted: Adapted, delta: Delta | None, head: Generation, rows: Sequence[Row], limit: int) -> Predictions:
+    from deltatune.heads.base import tokenise
+
+    source = adapted.source
+    prompts = tokenise(source, head.prompts(rows), limit=limit - head.new_tokens - 1)
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i].ids))
+    values: list[Any] = [""] * len(rows)
+    end, pad = source.processor.eos_token_id, source.processor.pad_token_id
+    training = adapted.bank.training
+    adapted.bank.eval()
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(order), 16):
+                chunk = order[start : start + 16]
+                longest = max(len(prompts[i].ids) for i in chunk)
+                ids = torch.tensor([[pad] * (longest - len(prompts[i].ids)) + list(prompts[i].ids) for i in chunk])
+                mask = torch.tensor(
+                    [[0] * (longest - len(prompts[i].ids)) + [1] * len(prompts[i].ids) for i in chunk]
+                )
+                made = adapted.generate(
+                    ids.to(source.device),
+                    attention_mask=mask.to(source.device),
+                    deltas=delta.name if delta is not None and len(delta.layers) else None,
+                    max_new_tokens=head.new_tokens,
+                    do_sample=False,
+                    eos_token_id=end,
+                    pad_token_id=pad,
+                )
+                for i, row in zip(chunk, made[:, longest:].tolist(), strict=True):
+                    row = row[: row.index(end)] if end in row else row
+                    values[i] = source.processor.decode(row, skip_special_tokens=True).strip()
+    finally:
+        adapted.bank.train(training)
+    return Predictions(values, [1.0] * len(rows))
+
+
+def task_rows(task: Task, split: str, most: int | None = None) -> Sequence[Row]:
+    """Return a split's rows, at most `most`. TaskError for a split that is empty."""
+    rows: Sequence[Row] = getattr(task, split)
+    if not rows:
+        raise TaskError(f"{task.name} has no {split} rows")
+    return rows if most is None else rows[:most]
+
+
+def evaluate(adapted: Adapted, jobs: Sequence[Job], split: str, *, whole: bool = False) -> list[float]:
+    """Return the score of each job on a split of its own task; jobs of one task run together."""
+    found: dict[str, float] = {}
+    for group in _by_task(jobs):
+        task, settings = group[0].plan.task, group[0].plan.settings
+        rows = task_rows(task, split, None if whole else settings.dev_rows)
+        limit = min(settings.max_length, adapted.source.length_limit)
+        made = predict_many(adapted, [(job.delta, job.head) for job in group], rows, limit)
+        gold = references(task.kind, rows)
+        for job, predictions in zip(group, made, strict=True):
+            found[job.name] = score(task.metric, predictions.values, gold, task.labels)
+    return [found[job.name] for job in jobs]
+
+
+def _by_task(jobs: Sequence[Job]) -> list[list[Job]]:
+    groups: dict[tuple[str, int], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.plan.task.fingerprint, job.plan.settings.max_length), []).append(job)
+    return list(groups.values())

@@ -1,0 +1,187 @@
+"""A job: the training of one delta with one head on one task from one seed, and all of its state."""
+
+from __future__ import annotations
+
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from deltatune.backbone.load import Backbone
+from deltatune.data.task import Task
+from deltatune.delta.delta import Delta, generator
+from deltatune.delta.method import Spec, members
+from deltatune.fit.settings import Settings, rate
+from deltatune.heads.base import Batch, Example, TaskHead, collate
+from deltatune.heads.choose import head_for
+
+State = Literal["waiting", "running", "done", "stopped", "nan"]
+HEAD_LR = 2e-3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be trained: a spec on a task from a seed. `label` is what people call the spec."""
+
+    spec: Spec
+    task: Task
+    seed: int
+    settings: Settings
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """A name that no other plan of the same fit has."""
+        return f"{self.task.name}/{self.label or self.spec}/{self.seed}/{self.lr:g}"
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the delta."""
+        return self.settings.lr if self.settings.lr is not None else self.spec.lr
+
+
+@dataclass
+class Point:
+    """One logged step: the mean loss since the last one, the dev score if it was evaluated, the learning rate."""
+
+    step: int
+    loss: float
+    dev: float | None
+    lr: float
+
+
+@dataclass
+class Job:
+    """State of one training. `best` holds the tensors that scored best on dev."""
+
+    plan: Plan
+    delta: Delta
+    head: TaskHead
+    train: list[Example]
+    optimiser: torch.optim.Optimizer
+    steps: int
+    step: int = 0
+    state: State = "waiting"
+    curve: list[Point] = field(default_factory=list)
+    best_dev: float | None = None
+    best_step: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+    tokens: int = 0
+    worse: int = 0
+    losses: list[float] = field(default_factory=list)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The plan's name, which is the delta's too."""
+        return self.plan.name
+
+    @property
+    def active(self) -> bool:
+        """Whether there are steps left to do."""
+        return self.state in ("waiting", "running") and self.step < self.steps
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The delta's and the head's parameters."""
+        return [*self.delta.layers.parameters(), *self.head.parameters()]
+
+    def logical_batch(self, step: int) -> list[Example]:
+        """Return the examples of a step: a function of (task, seed, step) alone.
+
+        An endless stream of epochs, each its own shuffle, cut into equal batches.
+        """
+        size, rows = self.plan.settings.batch, len(self.train)
+        chosen: list[Example] = []
+        for position in range(step * size, (step + 1) * size):
+            epoch, at = divmod(position, rows)
+            chosen.append(self.train[shuffled(self.plan.task.fingerprint, self.plan.seed, epoch, rows)[at]])
+        return chosen
+
+    def set_rate(self) -> None:
+        """Set the optimiser's rates for the coming step."""
+        factor = rate(self.step, self.steps, self.plan.settings.warmup)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+    def record_best(self, dev: float) -> None:
+        """Keep the tensors if this dev score is the best so far; stop when patience has run out."""
+        if math.isfinite(dev) and (self.best_dev is None or dev > self.best_dev):
+            self.best_dev, self.best_step, self.worse = dev, self.step, 0
+            self.best = {name: value.detach().clone() for name, value in self.delta.state_dict().items()}
+            return
+        self.worse += 1
+        patience = self.plan.settings.patience
+        if patience is not None and self.worse >= patience:
+            self.state = "stopped"
+
+    def restore_best(self) -> None:
+        """Put the best tensors back."""
+        if self.best:
+            with torch.no_grad():
+                self.delta.load_state_dict(self.best)
+
+
+_shuffles: dict[tuple[str, int, int, int], list[int]] = {}
+
+
+def shuffled(fingerprint: str, seed: int, epoch: int, rows: int) -> list[int]:
+    """Return the order of an epoch."""
+    key = (fingerprint, seed, epoch, rows)
+    if key not in _shuffles:
+        if len(_shuffles) > 256:
+            _shuffles.clear()
+        _shuffles[key] = torch.randperm(rows, generator=generator(seed, "order", fingerprint, epoch)).tolist()
+    return _shuffles[key]
+
+
+def make_jobs(plans: Sequence[Plan], backbone: Backbone, origin: Backbone) -> list[Job]:
+    """Make the jobs of some plans: fresh deltas and heads, encoded training rows, optimisers.
+
+    `backbone` is the working copy that computes, `origin` the one whose fingerprint the deltas carry.
+    """
+    encoded: dict[tuple[str, str, int], list[Example]] = {}
+    jobs: list[Job] = []
+    for plan in plans:
+        delta = Delta.build(plan.spec, origin, seed=plan.seed, name=plan.name)
+        head = head_for(plan.task, origin, plan.seed)
+        delta.head = head
+        delta.to(backbone.device)
+        limit = min(plan.settings.max_length, room(plan.spec, backbone))
+        key = (plan.task.fingerprint, repr(head.arguments), limit)
+        if key not in encoded:
+            encoded[key] = head.encode(plan.task.train, backbone, limit)
+        jobs.append(
+            Job(plan, delta, head, encoded[key], optimiser(plan, delta, head), plan.settings.total_steps(len(encoded[key])))
+        )
+    return jobs
+
+
+def room(spec: Spec, backbone: Backbone) -> int:
+    """Tokens that fit the backbone beside the spec's own."""
+    own = sum(getattr(method, "n", 0) for method in members(spec) if method.at == "embed")
+    return backbone.length_limit - own
+
+
+def optimiser(plan: Plan, delta: Delta, head: TaskHead) -> torch.optim.Optimizer:
+    """AdamW with one group for the delta and one for the head; the head of a weak delta still learns at its own rate."""
+    head_lr = plan.settings.head_lr if plan.settings.head_lr is not None else HEAD_LR
+    if not len(delta.layers):
+        head_lr = plan.lr
+    groups = [
+        {"params": list(delta.layers.parameters()), "base_lr": plan.lr, "weight_decay": plan.settings.weight_decay},
+        {"params": list(head.parameters()), "base_lr": head_lr, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=1.0, fused=True)
+
+
+def batch_of(job: Job, backbone: Backbone) -> Batch:
+    """Collate the job's next logical batch at its own padded length."""
+    return collate(job.logical_batch(job.step), backbone)
+
+

@@ -1,0 +1,115 @@
+"""What a head is: it words a task for a backbone, and turns hidden states into scores and predictions.
+
+A head never sees which delta is on, and never looks inside the backbone: it reads the last hidden states of the trunk,
+from which inserted positions have been taken out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.backbone.load import Backbone
+from deltatune.data.task import Kind, Row, Task
+from deltatune.delta.head import Head as SavedHead
+from deltatune.errors import TaskError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as the backbone reads it: token ids, token types (pairs), and what the head learns from it.
+
+    `target` is a class number, or one number per token position (-100: not counted), by the head.
+    """
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...] | None
+    target: Any
+    words: tuple[int, ...] = ()
+
+
+@dataclass
+class Batch:
+    """Padded examples: `inputs` for the backbone (ids, mask, types: [rows, tokens]) and the examples themselves."""
+
+    inputs: dict[str, Tensor]
+    examples: Sequence[Example]
+
+    @property
+    def length(self) -> int:
+        """Padded length in tokens."""
+        return int(self.inputs["input_ids"].shape[1])
+
+
+class TaskHead(SavedHead):
+    """Base of the heads that a task is fitted with."""
+
+    kinds: ClassVar[tuple[Kind, ...]]
+
+    @classmethod
+    def make(cls, task: Task, backbone: Backbone, seed: int) -> TaskHead:
+        """Make a fresh head for a task. TaskError if the task is not of this head's kinds."""
+        raise NotImplementedError
+
+    def encode(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
+        """Word and tokenise rows, cut to `limit` tokens."""
+        raise NotImplementedError
+
+    def scores(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
+        """Return the scores of a batch from hidden states [rows, tokens, width]."""
+        raise NotImplementedError
+
+    def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
+        """Return the mean loss over the valid items of a batch, a scalar."""
+        raise NotImplementedError
+
+    def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
+        """Return one prediction per row as plain Python, and the confidence in it (0 to 1)."""
+        raise NotImplementedError
+
+
+def tokenise(backbone: Backbone, *texts: Sequence[str], limit: int, special: bool = True) -> list[Example]:
+    """Tokenise texts, or pairs of texts, into examples without targets."""
+    processor = processor_of(backbone)
+    made = processor(*(list(t) for t in texts), truncation=True, max_length=limit, add_special_tokens=special)
+    types = made.get("token_type_ids")
+    return [
+        Example(tuple(ids), tuple(types[i]) if types is not None else None, None)
+        for i, ids in enumerate(made["input_ids"])
+    ]
+
+
+def processor_of(backbone: Backbone) -> Any:
+    if backbone.processor is None:
+        raise TaskError(f"{backbone.name} was given without a tokenizer; load it by name, or set `processor`")
+    return backbone.processor
+
+
+def collate(examples: Sequence[Example], backbone: Backbone, length: int | None = None) -> Batch:
+    """Pad examples on the right to `length`, or to the longest of them."""
+    longest = max(len(e.ids) for e in examples)
+    length = longest if length is None else length
+    pad = getattr(backbone.processor, "pad_token_id", None) or 0
+    ids = torch.full((len(examples), length), pad, dtype=torch.long)
+    mask = torch.zeros(len(examples), length, dtype=torch.long)
+    types = torch.zeros(len(examples), length, dtype=torch.long) if examples[0].types is not None else None
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        mask[row, : len(example.ids)] = 1
+        if types is not None and example.types is not None:
+            types[row, : len(example.types)] = torch.tensor(example.types)
+    inputs = {"input_ids": ids, "attention_mask": mask, **({"token_type_ids": types} if types is not None else {})}
+    return Batch({name: value.to(backbone.device) for name, value in inputs.items()}, examples)
+
+
+def linear(width: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+    """A linear with weights from N(0, 0.02²) and zero biases."""
+    made = nn.Linear(width, outputs)
+    with torch.no_grad():
+        made.weight.normal_(0.0, 0.02, generator=generator)
+        made.bias.zero_()
+    return made

@@ -1,0 +1,166 @@
+"""Heads that speak: a language model writes the answer, or picks a label's word. They have no parameters of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.backbone.load import Backbone
+from deltatune.data.task import Kind, Row, Task
+from deltatune.errors import TaskError
+from deltatune.heads.base import Batch, Example, TaskHead, processor_of, tokenise
+
+DEFAULT_TEMPLATES: Mapping[Kind, str] = {
+    "classification": "{text}\nLabel:",
+    "pair_classification": "{text}\n{text_b}\nLabel:",
+    "generation": "{source}\n",
+}
+CHUNK = 1024  # positions scored at a time: logits over a large vocabulary are the peak of memory
+
+
+def _wanted(backbone: Backbone, kind: str) -> None:
+    if backbone.kind != "decoder" or backbone.module.get_output_embeddings() is None:  # type: ignore[operator]
+        raise TaskError(f"a {kind} task needs a language model such as smollm2; {backbone.name} writes no text")
+
+
+def _template(task: Task) -> str:
+    template = task.template or DEFAULT_TEMPLATES[task.kind]
+    fields = {name for _, name, _, _ in string.Formatter().parse(template) if name}
+    have = set(task.train[0]) - {"label", "target", "targets"}
+    if not fields <= have:
+        raise TaskError(f"template {template!r} names {sorted(fields - have)}; the task's rows have {sorted(have)}")
+    return template
+
+
+class Generation(TaskHead):
+    """Write the answer after the prompt; cross-entropy on the answer's tokens and the end token."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("generation",)
+
+    def __init__(self, template: str, new_tokens: int) -> None:
+        super().__init__()
+        self.template, self.new_tokens = template, new_tokens
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"template": self.template, "new_tokens": self.new_tokens}
+
+    @classmethod
+    def make(cls, task: Task, backbone: Backbone, seed: int) -> Generation:
+        _wanted(backbone, "generation")
+        ends = tokenise(backbone, [row["target"] for row in task.train[:500]], limit=10_000, special=False)
+        return cls(_template(task), min(max(len(e.ids) for e in ends) + 4, 128))
+
+    def prompts(self, rows: Sequence[Row]) -> list[str]:
+        """Return the texts that the answers follow."""
+        return [self.template.format(**row) for row in rows]
+
+    def encode(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
+        end = processor_of(backbone).eos_token_id
+        answers = tokenise(backbone, [row.get("target", "") for row in rows], limit=self.new_tokens, special=False)
+        room = limit - self.new_tokens - 1
+        prompts = tokenise(backbone, self.prompts(rows), limit=room)
+        examples = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = (*prompt.ids, *answer.ids, end)
+            # Position i predicts token i + 1.
+            target = [-100] * (len(prompt.ids) - 1) + [*answer.ids, end] + [-100]
+            examples.append(Example(ids, None, target))
+        return examples
+
+    def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
+        where = [(row, at) for row, e in enumerate(batch.examples) for at, t in enumerate(e.target) if t != -100]
+        rows, columns = (torch.tensor(index, device=hidden.device) for index in zip(*where, strict=True))
+        target = torch.tensor([batch.examples[row].target[at] for row, at in where], device=hidden.device)
+        states = hidden[rows, columns]
+        output = backbone.module.get_output_embeddings()  # type: ignore[operator]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(states), CHUNK):
+            logits = output(states[start : start + CHUNK]).float()
+            total = total + nn.functional.cross_entropy(logits, target[start : start + CHUNK], reduction="sum")
+        return total / len(states)
+
+
+class Verbalized(TaskHead):
+    """Pick the label whose word the language model would write next; cross-entropy over the labels' words.
+
+    scores [rows, labels]: the logit of the first token of each label's word after the template.
+    """
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("classification", "pair_classification")
+
+    def __init__(self, template: str, verbalizer: Mapping[str, str]) -> None:
+        super().__init__()
+        self.template, self.verbalizer = template, dict(verbalizer)
+        self.labels = tuple(self.verbalizer)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"template": self.template, "verbalizer": self.verbalizer}
+
+    @classmethod
+    def make(cls, task: Task, backbone: Backbone, seed: int) -> Verbalized:
+        _wanted(backbone, "verbalised")
+        words = {label: (task.verbalizer or {}).get(label, f" {label}") for label in task.labels}
+        head = cls(_template(task), words)
+        head.word_ids(backbone)
+        return head
+
+    def word_ids(self, backbone: Backbone) -> list[int]:
+        """Return the first token of each label's word. TaskError if two labels begin with the same token."""
+        first: dict[int, str] = {}
+        for label, word in self.verbalizer.items():
+            ids = processor_of(backbone)(word, add_special_tokens=False)["input_ids"]
+            if not ids or ids[0] in first:
+                other = first.get(ids[0]) if ids else None
+                raise TaskError(
+                    f"verbalizer: {label!r} -> {word!r} begins like {other!r}; choose words with different first tokens"
+                    if other
+                    else f"verbalizer: {label!r} -> {word!r} is empty"
+                )
+            first[ids[0]] = label
+        return list(first)
+
+    def encode(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
+        number = {label: i for i, label in enumerate(self.labels)}
+        # What is cut is the row's own text, from its end: the template's question must stay.
+        room = limit - len(processor_of(backbone)(self.template)["input_ids"])
+        cut = [
+            {k: (_cut(backbone, v, room) if isinstance(v, str) and k != "label" else v) for k, v in row.items()}
+            for row in rows
+        ]
+        examples = tokenise(backbone, [self.template.format(**row) for row in cut], limit=limit)
+        return [
+            dataclasses.replace(e, target=number.get(row.get("label", ""), -100))
+            for e, row in zip(examples, rows, strict=True)
+        ]
+
+    def scores(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
+        mask = batch.inputs["attention_mask"]
+        last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
+        states = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        output = backbone.module.get_output_embeddings()  # type: ignore[operator]
+        rows = torch.tensor(self.word_ids(backbone), device=hidden.device)
+        bias = output.bias[rows] if getattr(output, "bias", None) is not None else None
+        return nn.functional.linear(states, output.weight[rows], bias).float()
+
+    def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
+        target = torch.tensor([e.target for e in batch.examples], device=hidden.device)
+        return nn.functional.cross_entropy(self.scores(hidden, batch, backbone), target)
+
+    def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
+        best = scores.softmax(dim=-1).max(dim=-1)
+        return [self.labels[i] for i in best.indices.tolist()], best.values.tolist()
+
+
+def _cut(backbone: Backbone, text: str, room: int) -> str:
+    if len(text) <= room:  # a token is one character at least
+        return text
+    processor = processor_of(backbone)
+    ids = processor(text, add_special_tokens=False)["input_ids"]
+    return text if len(ids) <= room else str(processor.decode(ids[:room]))

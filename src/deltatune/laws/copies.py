@@ -1,0 +1,151 @@
+"""Laws about copies: files, deep copies, pickles, and other backbones."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.backbone.anatomy import is_norm
+from deltatune.backbone.load import Backbone
+from deltatune.delta.adapted import Adapted
+from deltatune.delta.delta import Delta
+from deltatune.errors import BackboneMismatch
+from deltatune.laws.subject import Subject, agree_rows, demand, made, moved, same_bits, score
+
+
+def saved_is_loaded(subject: Subject) -> None:
+    """A delta comes back from its file bit by bit in each dtype, and gives the same outputs."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        backbone = subject.fresh(torch.float32)
+        delta = made(subject.spec, backbone).to(dtype)
+        delta.record = {"metric": 0.5}
+        with tempfile.TemporaryDirectory() as place:
+            folder = str(Path(place) / "delta")
+            delta.save(folder)
+            loaded = Delta.load(folder, backbone)
+        demand(str(loaded.spec) == str(delta.spec), f"saved {delta.spec}, loaded {loaded.spec}")
+        kept = (delta.name, delta.seed, delta.fingerprint, delta.record, delta.sites)
+        demand((loaded.name, loaded.seed, loaded.fingerprint, loaded.record, loaded.sites) == kept, "the record changed")
+        demand(list(loaded.layers) == list(delta.layers), "the order of the layers changed")
+        for name, tensor in delta.tensors().items():
+            demand(same_bits(loaded.tensors()[name], tensor), f"{name} came back with other bits in {dtype}")
+        rows = subject.rows(3)
+        first = subject.run(Adapted(backbone, [delta]), rows, "subject")
+        second = subject.run(Adapted(subject.fresh(torch.float32), [loaded]), rows, "subject")
+        demand(all(map(torch.equal, first, second)), f"the loaded delta gives other outputs in {dtype}")
+
+
+def copies_are_independent(subject: Subject) -> None:
+    """A deep copy and an unpickled copy give the same outputs, and training one leaves the other alone."""
+    for how, make in (("deepcopy", copy.deepcopy), ("pickle", lambda a: pickle.loads(pickle.dumps(a)))):  # noqa: S301
+        _copied(subject, how, make)
+
+
+def _copied(subject: Subject, how: str, make: Callable[[Adapted], Adapted]) -> None:
+    backbone = subject.fresh()
+    deltas = [made(subject.spec, backbone, name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    adapted = Adapted(backbone, deltas)
+    rows = subject.rows(4)
+    port = {layer.port for _, layer in deltas[0].at_sites()}
+    route: list[str | None] = ["one"] * 4 if "weight" in port else ["one", "two", None, "two"]
+    wanted = subject.run(adapted, rows, route)  # makes the stacks, so that the copy has to end them
+    other = make(adapted)
+    agree_rows(subject.run(other, rows, route), wanted, f"{how}: the copy's output")
+    shared = {p.data_ptr() for p in adapted.parameters()} & {p.data_ptr() for p in other.parameters() if p.numel()}
+    demand(not shared, f"{how}: the copy shares {len(shared)} tensors")
+    for name in ("one", "two"):
+        moved(other.bank[name], seed=9)
+    agree_rows(subject.run(adapted, rows, route), wanted, f"{how}: after a change of the copy, the original's output")
+    if deltas[0].trainable():
+        again = subject.run(other, rows, route)
+        demand(any(not torch.equal(a, b) for a, b in zip(again, wanted, strict=True)), f"{how}: the copy does not learn")
+        score(again, rows).backward()
+        demand(all(p.grad is None for p in adapted.parameters()), f"{how}: the copy's gradient lands in the original")
+    other.remove()
+    agree_rows(subject.run(adapted, rows, route), wanted, f"{how}: after removal of the copy, the original's output")
+
+
+def other_backbones_are_refused(subject: Subject) -> None:
+    """A delta goes onto its own backbone only; a rounded copy warns; `verify=False` goes on where the widths fit."""
+    home = subject.fresh(torch.float32)
+    delta = made(subject.spec, home)
+    wrong: dict[str, Callable[[Backbone], None]] = {
+        "other weights": _redrawn,
+        "half the blocks": _halved,
+        "one step of SGD at 1e-6": _stepped,
+        "one norm changed": _norm_changed,
+        "one bias or norm element changed": _element_changed,
+        "a token more": _widened,
+    }
+    for what, change in wrong.items():
+        other = subject.fresh(torch.float32)
+        change(other)
+        other = Backbone(other.module, other.processor, other.name)
+        try:
+            Adapted(other, [delta])
+        except BackboneMismatch:
+            pass
+        else:
+            demand(False, f"taken onto a backbone with {what}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                Adapted(other, [delta], verify=False).remove()
+            except BackboneMismatch:
+                demand(what in ("half the blocks", "a token more"), f"verify=False was refused for {what}")
+    for dtype in (torch.bfloat16, torch.float16):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Adapted(subject.fresh(dtype), [delta]).remove()
+        demand(any("same backbone" in str(w.message) for w in caught), f"no warning for the {dtype} copy")
+
+
+def _redrawn(backbone: Backbone) -> None:
+    with torch.no_grad():
+        for parameter in backbone.module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+
+
+def _halved(backbone: Backbone) -> None:
+    paths = {site.exit.rpartition(".")[0] for site in backbone.anatomy.sites if site.name == "block"}
+    for path in paths:
+        blocks = backbone.module.get_submodule(path)
+        assert isinstance(blocks, nn.ModuleList)
+        parent = backbone.module.get_submodule(path.rpartition(".")[0])
+        setattr(parent, path.rpartition(".")[2], blocks[: len(blocks) // 2])
+
+
+def _stepped(backbone: Backbone) -> None:
+    module = backbone.module.requires_grad_(True)
+    ids = torch.arange(5, 11)[None] % module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    batch: dict[str, Tensor] = {"input_ids": ids}
+    if backbone.kind == "encoder-decoder":
+        batch["decoder_input_ids"] = ids
+    output = module(**batch)
+    values = getattr(output, "logits", None)
+    (output.last_hidden_state if values is None else values).square().mean().backward()
+    torch.optim.SGD(module.parameters(), lr=1e-6).step()
+
+
+def _norm_changed(backbone: Backbone) -> None:
+    with torch.no_grad():
+        last = [m for m in backbone.module.modules() if is_norm(m)][-1]
+        last.weight.mul_(1.001)  # type: ignore[operator, union-attr]
+
+
+def _element_changed(backbone: Backbone) -> None:
+    vectors = [p for _, p in sorted(backbone.module.named_parameters()) if p.ndim == 1]
+    with torch.no_grad():
+        vectors[len(vectors) // 2][3] += 1e-4
+
+
+def _widened(backbone: Backbone) -> None:
+    table = backbone.module.get_input_embeddings().weight  # type: ignore[operator]
+    backbone.module.resize_token_embeddings(len(table) + 1, mean_resizing=False)  # type: ignore[operator]

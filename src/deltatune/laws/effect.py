@@ -1,0 +1,163 @@
+"""Laws about one delta: what it changes, what it trains, where it may stand, how it is scaled and merged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.backbone.load import Backbone
+from deltatune.backbone.sites import VOCABULARY, Site
+from deltatune.delta.adapted import Adapted
+from deltatune.delta.call import entered
+from deltatune.delta.delta import Delta
+from deltatune.delta.layer import Layer, Params, WeightLayer
+from deltatune.delta.method import Method
+from deltatune.errors import RoutingError, UserError
+from deltatune.laws.subject import Subject, agree, agree_rows, demand, gradients, made, same_bits, score
+
+
+def identity_at_init(subject: Subject) -> None:
+    """A fresh delta changes nothing if its layers say so, and something if they do not."""
+    backbone = subject.fresh()
+    rows = subject.rows(3)
+    delta = made(subject.spec, backbone, move=False)
+    adapted = Adapted(backbone, [delta])
+    bare, fresh = subject.run(adapted, rows, None), subject.run(adapted, rows, "subject")
+    if all(layer.identity_at_init for _, layer in delta.at_sites()):
+        agree_rows(fresh, bare, "declared the identity at its start, but the output")
+    else:
+        apart = max(float((a - b).detach().abs().max()) for a, b in zip(fresh, bare, strict=True))
+        demand(apart > 1e-6, "declared not the identity at its start, but the output is the bare backbone's")
+
+
+def only_the_delta_learns(subject: Subject) -> None:
+    """After two steps every parameter of the delta has had a gradient, and none of the backbone's has moved."""
+    backbone = subject.fresh()
+    before = {name: p.detach().clone() for name, p in backbone.module.named_parameters()}
+    delta = made(subject.spec, backbone, move=False)
+    adapted = Adapted(backbone, [delta])
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    own = {f"bank.{name}" for name, _ in adapted.bank.named_parameters()}
+    demand(trained == own, f"trainable beside the delta: {sorted(trained ^ own)[:3]}")
+    if not own:
+        return
+    adapted.train()
+    optimiser = torch.optim.SGD(adapted.bank.parameters(), lr=0.1)
+    reached: set[str] = set()
+    for step in range(2):
+        rows = subject.rows(4, seed=step)
+        optimiser.zero_grad()
+        score(subject.run(adapted, rows, "subject"), rows).backward()
+        reached |= {n for n, g in gradients(delta).items() if g is not None and bool(g.any())}
+        optimiser.step()
+    lacking = sorted({name for name, _ in delta.named_parameters()} - reached)
+    demand(not lacking, f"no gradient reaches {', '.join(lacking[:3])} ({len(lacking)} parameters)")
+    for name, p in backbone.module.named_parameters():
+        demand(p.grad is None, f"the backbone's {name} has a gradient")
+        demand(same_bits(p, before[name]), f"the backbone's {name} moved")
+
+
+def count_is_real(subject: Subject) -> None:
+    """`Delta.trainable()` is the number of values that an optimiser would move and that the file would hold."""
+    adapted = Adapted(subject.fresh(), [made(subject.spec, subject.fresh())])
+    delta = adapted.bank["subject"]
+    optimised = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    stored = sum(t.numel() for t in delta.tensors().values())
+    demand(
+        delta.trainable() == optimised == stored,
+        f"it declares {delta.trainable()} parameters, {optimised} are trainable and {stored} are saved",
+    )
+
+
+def stands_or_refuses(subject: Subject) -> None:
+    """At each site of the vocabulary the method acts and learns, or is refused with a UserError."""
+    if not isinstance(subject.spec, Method) or not subject.spec.at:
+        return
+    rows = subject.rows(3)
+    for name in VOCABULARY:
+        spec = subject.spec.model_copy(update={"at": name})
+        backbone = subject.fresh()
+        try:
+            delta = made(spec, backbone)
+            adapted = Adapted(backbone, [delta])
+            outputs = subject.run(adapted, rows, "subject")
+        except UserError:
+            continue
+        except Exception as error:
+            demand(False, f"at={name!r}: {type(error).__name__} ({error}) in place of a UserError")
+        bare = subject.run(adapted, rows, None)
+        demand(any(not torch.equal(a, b) for a, b in zip(outputs, bare, strict=True)), f"at={name!r}: it has no effect")
+        demand(all(bool(o.isfinite().all()) for o in outputs), f"at={name!r}: the output is not finite")
+        score(outputs, rows).backward()
+        lacking = [n for n, g in gradients(delta).items() if g is None or not bool(g.any())]
+        demand(not lacking, f"at={name!r}: no gradient reaches {lacking[:2]}")
+
+
+def scales_as_declared(subject: Subject) -> None:
+    """Weight 0 is the bare backbone, 1 the delta; others give h + w (h' - h) where declared and are refused elsewhere."""
+    backbone = subject.fresh()
+    delta = made(subject.spec, backbone)
+    adapted = Adapted(backbone, [delta])
+    rows = subject.rows(3)
+    batch = subject.batch(rows)
+
+    def at(weight: float) -> list[Tensor]:
+        return subject.cut(adapted.run(adapted.call(3, "subject", scale=weight), **batch), rows)
+
+    agree_rows(at(0.0), subject.run(adapted, rows, None), "weight 0 against the bare backbone")
+    agree_rows(at(1.0), subject.run(adapted, rows, "subject"), "weight 1 against the delta")
+    if not all(layer.scalable for _, layer in delta.at_sites()):
+        try:
+            at(0.5)
+        except RoutingError:
+            return
+        demand(False, "weight 0.5 was taken, though a layer declares that it has no meaning there")
+    whole, half = adapted.call(3, "subject"), adapted.call(3, "subject", scale=0.5)
+    for site, layer in delta.at_sites():
+        if len(adapted.bank.layers_at((site.key, layer.port))["subject"]) > 1:
+            continue
+        x, h = (torch.randn(3, 4, width, dtype=backbone.dtype) for width in (site.d_in, _width(backbone, site, layer)))
+        full, part = (adapted.bank.execute(call, site, layer.port, x, h) for call in (whole, half))
+        agree(part, h + 0.5 * (full - h), f"weight 0.5 at {site.key}")
+
+
+def _width(backbone: Backbone, site: Site, layer: Layer) -> int:
+    """Width of the tensor that the layer's module gives out, or takes in."""
+    if layer.port == "input":
+        return site.d_in
+    return site.d_out if site.view is None else 3 * site.d_out
+
+
+def merges_as_declared(subject: Subject) -> None:
+    """If every layer is mergeable, the bare backbone with the merged weights gives the delta's output."""
+    backbone, plain = subject.fresh(), subject.fresh()
+    delta = made(subject.spec, backbone)
+    if not delta.layers or not all(layer.mergeable for _, layer in delta.at_sites()):
+        return
+    rows = subject.rows(3)
+    wanted = subject.run(Adapted(backbone, [delta]), rows, "subject")
+    with torch.no_grad():
+        for site, layer in delta.at_sites():
+            merge_into(plain, site, layer)
+    agree_rows(subject.cut(plain.module(**subject.batch(rows)), rows), wanted, "merged against attached")
+
+
+def merge_into(backbone: Backbone, site: Site, layer: Layer) -> None:
+    """Write the weights that have a layer's effect into a backbone."""
+    single = Params({n: p.detach()[None, None] if p.ndim == 1 else p.detach()[None] for n, p in layer.named_parameters()})
+    if isinstance(layer, WeightLayer):
+        for key, path in backbone.anatomy.parameters.items():
+            parameter = backbone.module.get_parameter(path)
+            parameter.copy_(layer.weight(single, key, parameter.detach().clone()))
+        return
+    module = backbone.module.get_submodule(site.exit)
+    weight = module.weight if isinstance(module, nn.Linear) else module.weight.T  # type: ignore[union-attr, operator]
+    part = weight if site.view is None else weight[site.view.start : site.view.stop]
+    merged = layer.merged(single, part.detach().clone())
+    if layer.port == "output" and not layer.reads_input and module.bias is not None:
+        # A layer that rescales the exit rescales the bias with it: what it does to a zero weight beside the bias.
+        bias = module.bias if site.view is None else module.bias[site.view.start : site.view.stop]  # type: ignore[index]
+        bias.copy_(layer(single, None, bias.detach().clone()[None, None])[0, 0])
+    part.copy_(merged)
+
+

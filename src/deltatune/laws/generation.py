@@ -1,0 +1,79 @@
+"""Law of generation: each row of a batch generates what it generates alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltatune.delta.adapted import Adapted
+from deltatune.laws.subject import Subject, demand, made
+from deltatune.methods.addition.prefix import Prefix
+from deltatune.methods.reparameterization.lora import LoRA
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy with cache": {},
+    "greedy without cache": {"use_cache": False},
+    "beams": {"num_beams": 3},
+    "returned beams": {"num_beams": 3, "num_return_sequences": 2},
+    "total length": {"max_new_tokens": None, "max_length": 14},
+}
+ROUTE = ("one", "lora", "two", None, "prefix", "one")
+
+
+def generates_as_alone(subject: Subject) -> None:
+    """Different deltas in one left-padded batch generate the tokens that each generates alone, in every mode."""
+    if subject.backbone.kind == "encoder":
+        return
+    backbone = subject.fresh()
+    specs = {"one": subject.spec, "two": subject.spec, "lora": LoRA(r=2), "prefix": Prefix(n=3)}
+    deltas = [made(spec, backbone, name, seed=seed) for seed, (name, spec) in enumerate(specs.items())]
+    adapted = Adapted(backbone, deltas)
+    rows = subject.rows(len(ROUTE), seed=4)
+    batch = subject.batch(rows, left=subject.backbone.kind == "decoder")
+    for mode, options in MODES.items():
+        together = _generate(adapted, batch, list(ROUTE), options)
+        each = len(together) // len(ROUTE)
+        for i, name in enumerate(ROUTE):
+            one = {key: batch[key][i : i + 1] for key in ("input_ids", "attention_mask")}
+            alone = _generate(adapted, one, name, options)
+            got = together[i * each : (i + 1) * each]
+            same = _trimmed(got, subject) == _trimmed(alone, subject)
+            demand(same, f"{mode}: row {i} ({name}) gives {got.tolist()}, alone {alone.tolist()}")
+
+
+def cached_is_recomputed(subject: Subject) -> None:
+    """Generation with a cache gives the tokens of repeated forwards without one."""
+    if subject.backbone.kind == "encoder":
+        return
+    backbone = subject.fresh()
+    adapted = Adapted(backbone, [made(subject.spec, backbone)])
+    rows = subject.rows(2, length=5)
+    batch = subject.batch(rows)
+    made_tokens = _generate(adapted, batch, "subject", {})
+    both = subject.backbone.kind == "encoder-decoder"
+    start = getattr(backbone.module.config, "decoder_start_token_id", None)
+    tokens = torch.full((2, 1), start) if both else batch["input_ids"]
+    for _ in range(6):
+        inputs = {**batch, "decoder_input_ids": tokens} if both else {"input_ids": tokens}
+        logits = adapted(**inputs, deltas="subject").logits[:, -1]
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+    demand(_trimmed(made_tokens, subject) == _trimmed(tokens, subject), f"{made_tokens.tolist()} != {tokens.tolist()}")
+
+
+def _generate(adapted: Adapted, batch: dict[str, Tensor], route: Any, options: dict[str, Any]) -> Tensor:
+    settings = {"max_new_tokens": 6, "do_sample": False, **options}
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    found: Tensor = adapted.generate(**inputs, deltas=route, **settings)
+    return found
+
+
+def _trimmed(tokens: Tensor, subject: Subject) -> list[list[int]]:
+    """Token lists up to the first end of text after the start; what follows is filling."""
+    end = getattr(subject.backbone.module.config, "eos_token_id", None)
+    lists = []
+    for row in tokens.tolist():
+        stops = [i for i, token in enumerate(row) if token == end and i > 0]
+        lists.append(row[: stops[0]] if stops else row)
+    return lists
