@@ -3,11 +3,59 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Modules load on first use, so that `import deltatune` never loads torch.
-_LAZY: dict[str, str] = {}
+_LAZY: dict[str, str] = {
+    "Adapted": "deltatune.delta.adapted",
+    "Adapter": "deltatune.methods.addition.adapter",
+    "Backbone": "deltatune.backbone.load",
+    "BitFit": "deltatune.methods.specification.bitfit",
+    "Delta": "deltatune.delta.delta",
+    "DeltatuneError": "deltatune.errors",
+    "Full": "deltatune.methods.baseline.full",
+    "Head": "deltatune.methods.baseline.head",
+    "IA3": "deltatune.methods.addition.ia3",
+    "LoRA": "deltatune.methods.reparameterization.lora",
+    "ParallelAdapter": "deltatune.methods.addition.parallel_adapter",
+    "Prefix": "deltatune.methods.addition.prefix",
+    "Prompt": "deltatune.methods.addition.prompt",
+    "Task": "deltatune.data.task",
+    "UserError": "deltatune.errors",
+    "adapt": "deltatune.delta.adapted",
+    "fit": "deltatune.studies.verbs",
+    "fit_many": "deltatune.studies.verbs",
+    "load": "deltatune.backbone.load",
+    "parse": "deltatune.compose.expression",
+    "task": "deltatune.data.load",
+    "tune": "deltatune.studies.verbs",
+}
+
+if TYPE_CHECKING:
+    from deltatune.backbone.load import Backbone as Backbone
+    from deltatune.backbone.load import load as load
+    from deltatune.compose.expression import parse as parse
+    from deltatune.data.load import task as task
+    from deltatune.data.task import Task as Task
+    from deltatune.delta.adapted import Adapted as Adapted
+    from deltatune.delta.adapted import adapt as adapt
+    from deltatune.delta.delta import Delta as Delta
+    from deltatune.errors import DeltatuneError as DeltatuneError
+    from deltatune.errors import UserError as UserError
+    from deltatune.methods.addition.adapter import Adapter as Adapter
+    from deltatune.methods.addition.ia3 import IA3 as IA3
+    from deltatune.methods.addition.parallel_adapter import ParallelAdapter as ParallelAdapter
+    from deltatune.methods.addition.prefix import Prefix as Prefix
+    from deltatune.methods.addition.prompt import Prompt as Prompt
+    from deltatune.methods.baseline.full import Full as Full
+    from deltatune.methods.baseline.head import Head as Head
+    from deltatune.methods.reparameterization.lora import LoRA as LoRA
+    from deltatune.methods.specification.bitfit import BitFit as BitFit
+    from deltatune.studies.verbs import fit as fit
+    from deltatune.studies.verbs import fit_many as fit_many
+    from deltatune.studies.verbs import tune as tune
 
 __all__ = ["__version__", *_LAZY]
 

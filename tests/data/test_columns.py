@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 
 import pytest
+from tests.data.writing import reviews, write
 
 from deltatune.data import load_task, task
 from deltatune.errors import TaskError, UnknownName
-from tests.data.writing import reviews, write
 
 
 def renamed(count: int = 60, **columns):
     """Rows with made-up columns: `{i}` counts, `{p}` takes turns among two, `{s}` among five."""
-    return [
-        {name: value.format(i=i, p="PQ"[i % 2], s=i % 5) for name, value in columns.items()} for i in range(count)
-    ]
+    return [{name: value.format(i=i, p="PQ"[i % 2], s=i % 5) for name, value in columns.items()} for i in range(count)]
 
 
 LONG = "a rather long text about thing {i} and more of it"
@@ -56,20 +55,20 @@ def test_the_option_that_is_proposed_works(columns, kind, option, tmp_path):
 def test_lists_are_proposed_as_tokens_and_tags(tmp_path):
     rows = [{"words": ["a", f"b{i}"], "ner_tags": ["O", "B-X"]} for i in range(40)]
     path = write(tmp_path, "rows", rows)
-    with pytest.raises(TaskError, match="give --columns tokens=words,tags=ner_tags$"):
+    with pytest.raises(TaskError, match=r"give --columns tokens=words,tags=ner_tags$"):
         load_task(path)
     assert task(path, tokens="words", tags="ner_tags").kind == "token_classification"
 
 
 def test_nothing_is_proposed_where_nothing_fits(tmp_path):
     path = write(tmp_path, "rows", renamed(id="{i}", code="{i}"), ".csv")
-    with pytest.raises(TaskError, match="columns id, code; expected .*; name them with --columns FIELD=COLUMN,"):
+    with pytest.raises(TaskError, match=r"columns id, code; expected .*; name them with --columns FIELD=COLUMN,"):
         load_task(path)
 
 
 def test_a_wanted_kind_is_what_is_expected_and_proposed(tmp_path):
     path = write(tmp_path, "rows", renamed(question=LONG, verdict="{p} x"), ".csv")
-    with pytest.raises(TaskError, match="expected source, target; give --columns source=question,target=verdict$"):
+    with pytest.raises(TaskError, match=r"expected source, target; give --columns source=question,target=verdict$"):
         load_task(path, kind="generation")
 
 
@@ -121,7 +120,9 @@ def test_multiple_choice_is_refused(tmp_path):
 
 
 def test_tables_and_references_are_taken_as_source_and_targets(tmp_path):
-    rows = [{"table": [["name", f"n{i}"], ["food", "fish"]], "target": f"t{i}", "refs": [f"t{i}", "u"]} for i in range(30)]
+    rows = [
+        {"table": [["name", f"n{i}"], ["food", "fish"]], "target": f"t{i}", "refs": [f"t{i}", "u"]} for i in range(30)
+    ]
     found = load_task(write(tmp_path, "rows", rows))
     row = min(found.train, key=lambda row: row["source"])
     assert re.fullmatch(r"name: n\d+ \| food: fish", row["source"])
@@ -142,8 +143,6 @@ def test_tables_and_references_are_taken_as_source_and_targets(tmp_path):
 )
 def test_a_bad_cell_is_named_with_its_row(row, message, tmp_path):
     path = write(tmp_path, "rows", reviews(2))
-    import json
-
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
     with pytest.raises(TaskError, match=re.escape(f"rows.jsonl: {message}")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import os
 import re
@@ -16,7 +17,7 @@ from deltatune.data.cache import cache_folder, cached
 from deltatune.data.check import check_words
 from deltatune.data.metrics import check_metric
 from deltatune.data.stdlib import entries
-from deltatune.data.stdlib_tasks import PACKAGES
+from deltatune.data.stdlib_tasks import PACKAGES, _sentence, _signature
 from deltatune.data.tags import is_bio, strict
 
 NAMES = sorted(embedded_tasks())
@@ -46,7 +47,9 @@ def test_an_embedded_task_is_well_formed(name):
             assert all(value and (not isinstance(value, str) or value.strip()) for value in row.values())
             if task.kind == "token_classification":
                 assert len(row["tokens"]) == len(row["tags"]) and strict(row["tags"], name) == row["tags"]
-    labels = {label for split in SPLITS for row in getattr(task, split) for label in row.get("tags", [row.get("label")])}
+    labels = {
+        label for split in SPLITS for row in getattr(task, split) for label in row.get("tags", [row.get("label")])
+    }
     assert task.labels == (() if task.kind == "generation" else tuple(sorted(labels)))
     assert is_bio(task.labels) == (task.kind == "token_classification")
     assert check_metric(task.metric, task.kind, task.labels) == task.metric
@@ -96,7 +99,20 @@ def test_counts_are_right():
 
 
 def test_orders_are_right():
-    months = "January February March April May June July August September October November December".split()
+    months = [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ]
     for row in load_task("proc_order_month").test:
         first, second = (months.index(word) for word in re.findall(r"\w+", row["text"]) if word in months)
         assert row["label"] == ("first" if first < second else "second")
@@ -146,6 +162,13 @@ def test_stdlib_kind_and_pair_are_balanced():
         assert abs(Counter(row["label"] for row in rows)["match"] - len(rows) / 2) <= 1
 
 
+def test_stdlib_pair_tells_the_truth():
+    real = {(_signature(entry), _sentence(entry.doc)) for entry in entries()}
+    for split in SPLITS:
+        for row in getattr(load_task("stdlib_pair"), split):
+            assert ((row["text"], row["text_b"]) in real) == (row["label"] == "match")
+
+
 def test_stdlib_pair_has_no_sentence_in_two_splits():
     task = load_task("stdlib_pair")
     texts = [{row["text_b"] for row in getattr(task, split)} for split in SPLITS]
@@ -165,10 +188,20 @@ def test_stdlib_tags_mark_what_they_say():
                 assert token in sys.stdlib_module_names
 
 
-def test_stdlib_summary_has_no_docstring_in_its_source():
-    for row in load_task("stdlib_summary").test:
-        assert row["target"] not in row["source"]
-        assert "def " in row["source"].split("\n\n")[0]
+def test_stdlib_summary_has_a_whole_function_without_its_docstring():
+    task = load_task("stdlib_summary")
+    for row in [*task.train, *task.dev, *task.test]:
+        [function] = ast.parse(row["source"]).body
+        assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        assert ast.get_docstring(function) is None
+        assert 4 <= len(row["target"].split()) <= 24
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, deltatune.data; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for name in ("numpy", "torch", "transformers", "pandas", "pyarrow", "sklearn", "scipy", "datasets", "seqeval"):
+        assert f"'{name}'" not in loaded
 
 
 def printed(tmp_path, **environment):
@@ -191,9 +224,16 @@ def test_other_processes_make_the_same_tasks(tmp_path):
 
 def test_procedural_tasks_are_the_same_everywhere():
     # Of no interpreter's library: pinned, so that a result names the same rows for everyone.
-    assert load_task("proc_order_year").fingerprint == "b6fc45373d8f41038f9099d877692033fc9806fa9ced16ceadf03f7cdb0054c2"
-    assert load_task("proc_tags_sport").fingerprint == "d48241a58221c787c0ec737a7c1312cca2307ba84d4bf7838af98736a013137a"
-    assert load_task("proc_write_sort_words").fingerprint == "a388c29040ab9f062bf3cf73d032bd83d7f192aa658d8e5fe38fbd2c0bf60cc7"
+    assert (
+        load_task("proc_order_year").fingerprint == "b6fc45373d8f41038f9099d877692033fc9806fa9ced16ceadf03f7cdb0054c2"
+    )
+    assert (
+        load_task("proc_tags_sport").fingerprint == "d48241a58221c787c0ec737a7c1312cca2307ba84d4bf7838af98736a013137a"
+    )
+    assert (
+        load_task("proc_write_sort_words").fingerprint
+        == "a388c29040ab9f062bf3cf73d032bd83d7f192aa658d8e5fe38fbd2c0bf60cc7"
+    )
 
 
 def test_the_cache_respects_xdg_and_survives_damage(tmp_path, monkeypatch):

@@ -8,14 +8,25 @@ import re
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.data.writing import FORMATS, reviews, write
 
 from deltatune.data import load_task
 from deltatune.data.formats import read_table
 from deltatune.errors import TaskError
-from tests.data.writing import FORMATS, reviews, write
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1).filter(lambda text: text.strip())
-AWKWARD = ['say "no"', "a,b;c\td", "two\nlines", "\u2028 odd \u0085", "[1, 2]", " spaces ", "'", '"', "\ufeffx", "a\r\nb"]
+AWKWARD = [
+    'say "no"',
+    "a,b;c\td",
+    "two\nlines",
+    "\u2028 odd \u0085",
+    "[1, 2]",
+    " spaces ",
+    "'",
+    '"',
+    "\ufeffx",
+    "a\r\nb",
+]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -104,7 +115,11 @@ def test_a_field_may_be_longer_than_the_csv_modules_limit(tmp_path):
         ("a.json", b'{"text": "a"}', "a.json: got an object; expected a list of objects"),
         ("a.json", b'[{"text": "a"}, "b"]', "a.json: row 2 is a text; expected an object"),
         ("a.csv", b"text,label\na,b\nc\n", "a.csv: line 3 has 1 columns; expected 2 (text, label)"),
-        ("a.csv", b'text,label\n"a\nb",x\nc,d,e\n', "a.csv: line 4 has 3 columns; expected 2 (text, label); put quotes round"),
+        (
+            "a.csv",
+            b'text,label\n"a\nb",x\nc,d,e\n',
+            "a.csv: line 4 has 3 columns; expected 2 (text, label); put quotes round",
+        ),
         ("a.csv", b'text,label\n"a"b,x\n', "a.csv: line 2 has misplaced quotes"),
         ("a.csv", b'text,label\na,x\n"b,x\n', "a.csv: line 3 has misplaced quotes"),
         ("a.csv", b"text,text\na,b\n", "a.csv: line 1 names column 'text' twice"),

@@ -6,10 +6,10 @@ import re
 
 import datasets
 import pytest
+from tests.data.writing import reviews, write
 
 from deltatune.data import load_task
 from deltatune.errors import TaskError
-from tests.data.writing import reviews, write
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,9 @@ def hub_set(monkeypatch, **splits):
 
 
 def test_class_numbers_become_names_and_hidden_labels_no_test(monkeypatch):
-    names = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    names = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
     train = {"sentence": [f"s {i}" for i in range(50)], "label": [i % 2 for i in range(50)]}
     hidden = {"sentence": [f"t {i}" for i in range(20)], "label": [-1] * 20}
     made = {name: datasets.Dataset.from_dict(rows, names) for name, rows in {"train": train, "test": hidden}.items()}
@@ -59,7 +61,10 @@ def test_numbered_tags_become_names(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ConnectionError("Couldn't reach 'a/b' on the Hub"), "hf:a/b: the hub cannot be reached and the data set is not"),
+        (
+            ConnectionError("Couldn't reach 'a/b' on the Hub"),
+            "hf:a/b: the hub cannot be reached and the data set is not",
+        ),
         (ValueError("Config name is missing.\nPlease pick one"), "hf:a/b: Config name is missing.; give hf:a/b:CONFIG"),
         (FileNotFoundError("no a/b"), "hf:a/b: FileNotFoundError: no a/b; check the name on the hub"),
     ],

@@ -25,6 +25,8 @@ def test_one_value_has_no_ends_and_none_is_an_error():
     assert str(interval([0.5, 0.5])) == "0.500 [0.500, 0.500]"
     with pytest.raises(ValueError, match="no values"):
         interval([])
+    with pytest.raises(ValueError, match=r"have to be finite, got \[0.5, nan\]"):
+        interval([0.5, float("nan")])
 
 
 def test_paired_interval_is_of_the_differences():
@@ -53,6 +55,13 @@ def test_bootstrap_covers_as_often_as_it_says():
         assert mean == statistics.fmean(right)
         hits += low <= 0.7 <= high
     assert 0.89 < hits / 200 < 0.99
+
+
+def test_bootstrap_agrees_with_the_normal_interval_of_a_large_sample():
+    right = [1.0, 0.0] * 200
+    _, low, high = bootstrap_interval(right, statistics.fmean, resamples=4000)
+    half = 1.96 * (0.25 / 400) ** 0.5
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.004)
 
 
 def test_bootstrap_takes_any_statistic_and_is_decided_by_its_seed():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
+from tests.data.writing import reviews, write
 
 from deltatune.data import load_task, task
 from deltatune.errors import TaskError, UnknownName
-from tests.data.writing import reviews, write
 
 
 def folder(tmp_path, **splits):
@@ -20,7 +20,10 @@ def folder(tmp_path, **splits):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("review.csv", r"no task '.*/review.csv': no file or folder of that name, nor an embedded task; nearest: .*/reviews.csv"),
+        (
+            "review.csv",
+            r"no task '.*/review.csv': no file or folder of that name, nor an embedded task; nearest: .*/reviews.csv",
+        ),
         ("reviews.jsonl", "nearest: .*/reviews.csv"),
         ("nowhere/reviews.csv", r"no file or folder of that name \(there is no folder .*nowhere\)"),
     ],
@@ -64,7 +67,7 @@ def test_a_label_that_train_lacks_is_named_with_its_row(tmp_path):
     rows = [*reviews(4), {"text": "x", "label": "godo"}, {"text": "y", "label": "godo"}]
     folder(tmp_path, train=reviews(), dev=reviews(9), test=rows)
     with pytest.raises(
-        TaskError, match="test.jsonl: line 5 and 1 more rows: label 'godo' is not in train; nearest: good; correct it"
+        TaskError, match=r"test.jsonl: line 5 and 1 more rows: label 'godo' is not in train; nearest: good; correct it"
     ):
         load_task(tmp_path)
     dropped = load_task(tmp_path, unseen="drop")
@@ -80,7 +83,10 @@ def test_one_class_only(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([str(i) for i in range(40)], r"look like a regression: 40 different numbers in 40 rows \(0, 1, 10, 11, \.\.\.\)"),
+        (
+            [str(i) for i in range(40)],
+            r"look like a regression: 40 different numbers in 40 rows \(0, 1, 10, 11, \.\.\.\)",
+        ),
         ([f"{i % 15 / 4}" for i in range(40)], "look like a regression: 11 different fractions"),
         ([f"reason {i}" for i in range(40)], "40 different labels in 40 rows .* are not classes"),
     ],
@@ -94,6 +100,20 @@ def test_labels_that_are_no_classes(labels, message, tmp_path):
 def test_half_stars_are_classes(tmp_path):
     rows = [{"text": f"t {i}", "label": i % 10 / 2} for i in range(60)]
     assert len(load_task(write(tmp_path, "rows", rows)).labels) == 10
+
+
+def test_texts_keep_their_white_space_and_labels_do_not(tmp_path):
+    rows = [{"text": f" {row['text']}\n", "label": f" {row['label']} "} for row in reviews()]
+    found = load_task(write(tmp_path, "rows", rows, ".csv"))
+    assert found.labels == ("bad", "good")
+    assert {row["text"] for row in found.train} < {row["text"] for row in rows}
+
+
+def test_what_the_system_refuses_is_one_line():
+    with pytest.raises(TaskError, match=r"'aaaa.*a' cannot be read: File name too long"):
+        load_task("a" * 5000)
+    with pytest.raises(TaskError, match=r"'~nobody-here/x.csv' cannot be read: Could not determine home directory"):
+        load_task("~nobody-here/x.csv")
 
 
 def test_templates_and_verbalizers_are_kept(tmp_path):
@@ -124,9 +144,9 @@ def test_metrics_by_kind(tmp_path):
     assert load_task(path).metric == "accuracy"
     assert load_task(path, metric="mcc").metric == "matthews"
     assert load_task(path, metric="f1_good").metric == "f1_good"
-    with pytest.raises(UnknownName, match="unknown metric 'f1'; .*say of which label: f1_bad, f1_good"):
+    with pytest.raises(UnknownName, match=r"unknown metric 'f1'; .*say of which label: f1_bad, f1_good"):
         load_task(path, metric="f1")
-    with pytest.raises(UnknownName, match="unknown metric 'entity_f1'.* it is no metric of classification"):
+    with pytest.raises(UnknownName, match=r"unknown metric 'entity_f1'.* it is no metric of classification"):
         load_task(path, metric="entity_f1")
 
 
@@ -134,20 +154,24 @@ def test_a_task_passes_through(tmp_path):
     found = load_task(write(tmp_path, "rows", reviews()))
     again = load_task(found, metric="macro_f1")
     assert again.metric == "macro_f1" and again.fingerprint == found.fingerprint
-    with pytest.raises(TaskError, match=r"task 'rows' has its fields and kind \(classification\); leave columns and kind out"):
+    with pytest.raises(
+        TaskError, match=r"task 'rows' has its fields and kind \(classification\); leave columns and kind out"
+    ):
         task(found, text="review")
 
 
 def test_tokens_and_tags_of_different_length(tmp_path):
     rows = [{"tokens": ["a", "b"], "tags": ["O", "B-X"]}] * 2 + [{"tokens": ["a", "b"], "tags": ["O"]}] * 10
-    with pytest.raises(TaskError, match="rows.jsonl: line 3 has 2 tokens and 1 tags; expected one tag for each token"):
+    with pytest.raises(TaskError, match=r"rows.jsonl: line 3 has 2 tokens and 1 tags; expected one tag for each token"):
         load_task(write(tmp_path, "rows", rows))
 
 
 @pytest.mark.parametrize("tokens", [["a", ""], ["a", None], "", [["a"], "b"]])
 def test_tokens_that_are_no_list_of_texts(tokens, tmp_path):
     rows = [{"tokens": tokens, "tags": ["O", "O"]}]
-    with pytest.raises(TaskError, match=r"line 1( has no tokens|: tokens has to be a list of texts, none of them empty)"):
+    with pytest.raises(
+        TaskError, match=r"line 1( has no tokens|: tokens has to be a list of texts, none of them empty)"
+    ):
         load_task(write(tmp_path, "rows", rows))
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import sacrebleu
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score as seqeval_f1
 
@@ -66,6 +66,7 @@ ROWS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_entity_f1_is_seqevals(pairs):
     gold, said = [list(p[0]) for p in pairs], [list(p[1]) for p in pairs]
@@ -175,6 +176,7 @@ def test_majority_and_its_ties():
     assert score("exact_match", constant("x", texts, texts.test), references("generation", texts.test)) == 1.0
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.sampled_from("abc"), min_size=2, max_size=30).filter(lambda labels: len(set(labels)) > 1),
     st.sampled_from(["accuracy", "macro_f1", "micro_f1", "macro_recall", "matthews", "f1_a"]),

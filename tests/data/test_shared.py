@@ -62,7 +62,11 @@ def test_labels_that_train_lacks_are_refused(name):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("pair_regression", "look like a regression"), ("multiple_choice", "multiple choice"), ("preference", "has columns")],
+    [
+        ("pair_regression", "look like a regression"),
+        ("multiple_choice", "multiple choice"),
+        ("preference", "has columns"),
+    ],
 )
 def test_other_kinds_are_refused_with_the_reason(kind, message):
     names = [row["name"] for row in rows() if row["kind"] == kind]

@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.data.writing import reviews, write
 
 from deltatune.data import SPLITS, load_task
 from deltatune.errors import TaskError
-from tests.data.writing import reviews, write
 
 
 def splits(task):
@@ -25,6 +25,13 @@ def test_one_file_is_cut_80_10_10_stratified(tmp_path):
     assert "cut into train, dev and test 80/10/10 by seed 0" in found.source
 
 
+def test_each_label_keeps_its_share(tmp_path):
+    found = load_task(write(tmp_path, "rows", reviews(200, ("a", "a", "a", "b"))))
+    assert (
+        Counter(row["label"] for row in found.test) == Counter(row["label"] for row in found.dev) == {"a": 15, "b": 5}
+    )
+
+
 def test_the_seed_decides(tmp_path):
     path = write(tmp_path, "rows", reviews(100))
     assert splits(load_task(path, seed=4)) == splits(load_task(path, seed=4))
@@ -33,7 +40,9 @@ def test_the_seed_decides(tmp_path):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    rows=st.lists(st.tuples(st.integers(0, 80), st.sampled_from("aaaaabbbc"), st.sampled_from(["", " ", "\n"])), max_size=120),
+    rows=st.lists(
+        st.tuples(st.integers(0, 80), st.sampled_from("aaaaabbbc"), st.sampled_from(["", " ", "\n"])), max_size=120
+    ),
     seed=st.integers(0, 3),
 )
 def test_no_input_stands_in_two_splits(rows, seed, tmp_path_factory):
@@ -55,8 +64,16 @@ def test_rare_labels_stay_in_train(tmp_path):
         assert {f"rare {i}" for i in range(3)} <= {row["label"] for row in found.train}
 
 
+def test_the_only_row_of_a_label_stays_in_train_of_a_tiny_file(tmp_path):
+    rows = [*reviews(7, ("a",)), {"text": "one", "label": "b"}, {"text": "two", "label": "c"}]
+    found = load_task(write(tmp_path, "rows", rows))
+    assert {row["label"] for row in found.train} == {"a", "b", "c"}
+
+
 def test_too_few_rows_to_cut(tmp_path):
-    with pytest.raises(TaskError, match=r"8 rows of distinct inputs with 2 labels are too few to cut dev and test from"):
+    with pytest.raises(
+        TaskError, match=r"8 rows of distinct inputs with 2 labels are too few to cut dev and test from"
+    ):
         load_task(write(tmp_path, "rows", reviews(8)))
     assert [len(rows) for rows in splits(load_task(write(tmp_path, "nine", reviews(9))))] == [3, 3, 3]
 
@@ -92,4 +109,6 @@ def test_limited_is_the_head_of_one_shuffle(tmp_path):
     assert small.fingerprint == whole.limited(20, None, 5).fingerprint != whole.fingerprint
     assert small.source.endswith("; limited to train 20, test 5")
     assert whole.limited(1000, None, 20) is whole
+    with pytest.raises(TaskError, match="limit of dev is 0; expected 1 or more"):
+        whole.limited(dev=0)
     assert load_task(whole, limit=5).fingerprint == whole.limited(5, 5, 5).fingerprint

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval.metrics.sequence_labeling import get_entities
+from tests.data.writing import write
 
 from deltatune.data import load_task
 from deltatune.data.tags import is_bio, strict
 from deltatune.errors import TaskError
-from tests.data.writing import write
 
 TAGS = st.lists(st.sampled_from(["O", "B-X", "I-X", "B-Y-Z", "I-Y-Z"]), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(TAGS)
 def test_repair_changes_no_entity_and_makes_strict_bio(tags):
     made = strict(tags, "here")
@@ -41,7 +42,7 @@ def test_repair_is_reported_and_a_malformed_tag_named(tmp_path):
     rows = [{"tokens": ["a", f"b{i}"], "tags": ["O", "B-X"]} for i in range(30)]
     found = load_task(write(tmp_path, "rows", [*rows[:29], {"tokens": ["c", "d"], "tags": ["I-X", "I-X"]}]))
     assert "1 row with tags that were not strict BIO repaired" in found.source
-    with pytest.raises(TaskError, match="rows.jsonl: line 30: tag 2 is 'X'; expected O, B-TYPE or I-TYPE"):
+    with pytest.raises(TaskError, match=r"rows.jsonl: line 30: tag 2 is 'X'; expected O, B-TYPE or I-TYPE"):
         load_task(write(tmp_path, "rows", [*rows[:29], {"tokens": ["c", "d"], "tags": ["O", "X"]}]))
 
 

@@ -126,6 +126,7 @@ def test_scores_are_percent_only_where_they_are_fractions() -> None:
     assert fraction.interval(0.931, 0.925, 0.937) == "93.1 ± 0.6"
     assert fraction.interval(0.931, None, None) == "93.1"
     assert [fraction.difference(value) for value in (0.042, -0.042, 0.0, -0.0001)] == ["+4.2", "−4.2", "0.0", "0.0"]
+    assert Scale("macro_f1", percent=True).label == "macro f1, %"
     assert perplexity.score(12.3456) == "12.346" and not perplexity.descending
     raw = make_result()
     assert scale_of(check_result(raw)).percent

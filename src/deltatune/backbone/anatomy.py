@@ -88,9 +88,7 @@ class Anatomy:
                 raise SiteError(f"this backbone has no site {name!r}: {self.absent[name]}; it has: {', '.join(have)}")
         allowed = {stack: block_numbers(blocks, n) if blocks else set(range(n)) for stack, n in self.depth.items()}
         found = [
-            s
-            for s in self.sites
-            if s.name in wanted and (s.block is None or s.block in allowed.get(s.stack, set()))
+            s for s in self.sites if s.name in wanted and (s.block is None or s.block in allowed.get(s.stack, set()))
         ]
         if not found:
             raise SiteError(f"no site matches {names!r} in blocks={blocks!r}; the backbone has {self.depth} blocks")
@@ -221,9 +219,7 @@ def _block_sites(model: nn.Module, stack: str, number: int, path: str, block: nn
         up, down = by_name["ffn.up"], by_name["ffn.down"]
         sites.append(Site("ffn", stack, number, parts["ffn.up"], parts["ffn.down"], up.d_in, down.d_out))
         if "ffn.act" in parts:
-            sites.append(
-                Site("ffn.act", stack, number, parts["ffn.act"], parts["ffn.act"], down.d_in, down.d_in)
-            )
+            sites.append(Site("ffn.act", stack, number, parts["ffn.act"], parts["ffn.act"], down.d_in, down.d_in))
     width = next((s.d_in for s in sites if s.name in ("attn.q", "ffn.up")), 0)
     sites.append(Site("block", stack, number, path, path, width, width))
     return sites
@@ -241,7 +237,9 @@ def _norm_name(relative: str, block: nn.Module) -> str | None:
 
 
 def _heads(model: nn.Module, q_path: str, k_path: str, q_width: int, k_width: int) -> Heads | None:
-    module = q_path.rpartition(".")[0] if q_path == k_path else os.path.commonprefix([q_path, k_path]).rpartition(".")[0]
+    module = (
+        q_path.rpartition(".")[0] if q_path == k_path else os.path.commonprefix([q_path, k_path]).rpartition(".")[0]
+    )
     config = getattr(model.get_submodule(module), "config", None) or getattr(model, "config", None)
     number = getattr(config, "num_attention_heads", None)
     if not isinstance(number, int) or q_width % number:

@@ -54,5 +54,7 @@ def _method(node: ast.expr, text: str) -> Method:
     try:
         return cls(**fields)
     except UserError as error:
-        place = next((k.col_offset for k in (call.keywords if call else []) if str(k.arg) in str(error)), node.col_offset)
+        place = next(
+            (k.col_offset for k in (call.keywords if call else []) if str(k.arg) in str(error)), node.col_offset
+        )
         raise DeltaExpressionError(str(error), text, place) from None

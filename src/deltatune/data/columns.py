@@ -51,8 +51,8 @@ def resolve(table: Table, columns: Mapping[str, str] | None, kind: Kind | None) 
         fitting.remove("classification")
     if kind is None and "choices" in table.columns and "choices" not in given.values():
         raise TaskError(
-            f"{table.name}: multiple choice (column 'choices') is not a kind of task here; expected {', '.join(FIELDS)}; "
-            f"say with kind= how to read the other columns, or remove 'choices'"
+            f"{table.name}: multiple choice (column 'choices') is not a kind of task here; "
+            f"expected {', '.join(FIELDS)}; say with kind= how to read the other columns, or remove 'choices'"
         )
     if len(fitting) > 1:
         raise TaskError(f"{table.name} fits {' and '.join(fitting)}; say which one with kind={fitting[0]!r}")

@@ -27,10 +27,13 @@ class Interval(NamedTuple):
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Return the mean of independent values (one a seed) with its t interval; with one value the ends are None.
 
-    Raises ValueError where there is no value.
+    Raises ValueError where there is no value, or one that is not finite: to leave out a run that failed is for the
+    caller to decide.
     """
     if not values:
         raise ValueError("no values to take an interval of")
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"values have to be finite, got {list(values)}")
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Interval(mean, None, None)

@@ -115,12 +115,16 @@ def _tables(source: str | Path) -> tuple[str, str, dict[str, Table]]:
         from deltatune.data.hub import read_hub
 
         return text.removeprefix("hf:").split("@")[0].rsplit("/", 1)[-1], text, read_hub(text.removeprefix("hf:"))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path.resolve().name, text, _folder(path)
-    if path.is_file():
-        return formats.stem(path), text, {"train": formats.read_table(path)}
-    raise TaskError(_absent(path))
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path.resolve().name, text, _folder(path)
+        if path.is_file():
+            return formats.stem(path), text, {"train": formats.read_table(path)}
+        message = _absent(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~NAME of no user
+        raise TaskError(f"{text[:200]!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    raise TaskError(message)
 
 
 def _folder(path: Path) -> dict[str, Table]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from deltatune.errors import TaskError
+
 Kind = Literal["classification", "pair_classification", "token_classification", "generation"]
 Row = dict[str, Any]
 SPLITS = ("train", "dev", "test")
@@ -37,8 +39,8 @@ class Task:
     """A named problem with its data: splits of canonical rows, labels, template and metric.
 
     Rows are never changed after a task is made; `labels` is sorted, `()` for generation and the tag names for
-    token classification. `template` ("Review: {text}\\nSentiment:") and `verbalizer` (label -> words) are for
-    tasks that a language model answers in words.
+    token classification. `template` ("Review: {text}\\nSentiment:") and `verbalizer` (label -> words; None: the
+    labels' own) are for tasks that a language model answers in words.
     """
 
     name: str
@@ -65,9 +67,12 @@ class Task:
         """Return the task with at most so many rows in each split; None keeps a split whole.
 
         A smaller split is the head of one shuffle with seed 0, so a smaller limit's rows begin a larger limit's.
-        `labels` stays that of the whole task, even where a label has no row left.
+        `labels` stays that of the whole task, even where a label has no row left. Raises TaskError for a limit below 1.
         """
         limits = {"train": train, "dev": dev, "test": test}
+        for split, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise TaskError(f"limit of {split} is {limit}; expected 1 or more, or None for all rows")
         if all(limit is None or limit >= len(getattr(self, split)) for split, limit in limits.items()):
             return self
         said = ", ".join(f"{split} {limit}" for split, limit in limits.items() if limit is not None)

@@ -145,7 +145,9 @@ class Adapted(nn.Module):
             if self.backbone.training and getattr(self.backbone, "is_activation_checkpointing", False):
                 self._recall()
             output = module(*args, **kwargs)
-        return inserted.strip(output, self.source.kind) if inserted else output
+        if inserted:
+            inserted.strip(output, encoder_of_two=module is self.backbone and self.source.kind == "encoder-decoder")
+        return output
 
     def generate(self, input_ids: Tensor, *, deltas: Route = _UNSET, **kwargs: Any) -> Any:
         """Generate as the backbone does, with `deltas` (one, or one per row); beams and returned sequences included."""
@@ -156,15 +158,17 @@ class Adapted(nn.Module):
         call = self.call(input_ids.shape[0], deltas, expand=max(many))
         inputs = {"input_ids": input_ids, **kwargs}
         with entered(call), self._weights(call):
-            inserted = rewrite(call, self.source, inputs, generating=True) if self.bank.has_tokens else None
-            output = self.backbone.generate(**inputs)  # type: ignore[operator]
-        if inserted and self.source.kind == "decoder":
-            made = output if isinstance(output, Tensor) else output.sequences
-            made = torch.cat([input_ids.repeat_interleave(made.shape[0] // input_ids.shape[0], dim=0), made], dim=1)
-            if isinstance(output, Tensor):
-                return made
-            output.sequences = made
-        return output
+            if (
+                self.bank.has_tokens
+                and rewrite(call, self.source, inputs, generating=True)
+                and self.source.kind == "decoder"
+            ):
+                inputs["input_ids"] = input_ids  # what the tokens stand for: returned, and seen by penalties
+                for name in ("max_length", "min_length"):
+                    length = kwargs.get(name, getattr(config, name, None))
+                    if length is not None:  # transformers takes the embedded positions off again
+                        inputs[name] = length + inputs["inputs_embeds"].shape[1]
+            return self.backbone.generate(**inputs)  # type: ignore[operator]
 
     @contextmanager
     def _weights(self, call: Call) -> Iterator[None]:
@@ -178,7 +182,9 @@ class Adapted(nn.Module):
                 f"{run.deltas[0]!r} changes the weights themselves, so all rows of a call must be its own, and no other "
                 f"delta of weights may act with it"
             )
-        params = self.bank.params(call, (self.bank.weights_key, "weight"), run, torch.promote_types(self.source.dtype, torch.float32))
+        params = self.bank.params(
+            call, (self.bank.weights_key, "weight"), run, torch.promote_types(self.source.dtype, torch.float32)
+        )
         call.swaps[:] = new_weights(self.source, run.layers[0], params)
         with swapped(call.swaps):
             yield

@@ -65,6 +65,7 @@ class Attachment:
     def __init__(self, bank: Bank, source: Backbone) -> None:
         self.bank, self.module, self.live = bank, source.module, True
         _refuse_compiled(source.module)
+        bank.two_stacks = len(source.anatomy.depth) == 2
         ports: dict[str, tuple[list[Site], list[Site], list[Site]]] = {}
         for key, port in sorted(bank.places, key=lambda place: ORDER[bank.sites[place[0]].name]):
             site = bank.sites[key]
@@ -162,7 +163,9 @@ def _configs(module: nn.Module) -> dict[str, Any]:
 
 def _refuse_compiled(module: nn.Module) -> None:
     if any(type(part).__name__ == "OptimizedModule" or part._compiled_call_impl for part in module.modules()):
-        raise RoutingError("this backbone is compiled, and hooks added now would be ignored: adapt it first, then compile")
+        raise RoutingError(
+            "this backbone is compiled, and hooks added now would be ignored: adapt it first, then compile"
+        )
 
 
 def check_fits(delta: Delta, source: Backbone, *, verify: bool = True) -> dict[str, Site]:

@@ -71,7 +71,7 @@ class Bank(nn.Module):
         self.sites: dict[str, Site] = {}
         # Set by the attachment: what the rest of the engine asks on each call.
         self.attention_sites: dict[nn.Module, Site] = {}
-        self.has_tokens, self.weights_key = False, ""
+        self.has_tokens, self.two_stacks, self.weights_key = False, False, ""
         for delta, bound in zip(deltas, sites, strict=True):
             for address, layer in delta.layers.items():
                 site = bound[address]
@@ -211,17 +211,30 @@ class Bank(nn.Module):
 
 
 def dropped(call: Call, run: Run, place: Place, rate: float, x: Tensor) -> Tensor:
-    """Apply dropout to x [rows, positions, width].
+    """Apply dropout to x [rows, ..., width].
 
-    With draws, the mask is drawn at the shape of the delta's own logical batch, from (seed, step, place): neither the
-    neighbours nor the padding change it.
+    With draws, the mask is drawn from (seed, step, place): neither the neighbours nor the padding change it.
     """
     if call.draws is None:
         return nn.functional.dropout(x, rate)
-    draw = call.draws[run.segments[0]]
-    length = min(draw.length, x.shape[1])
-    source = generator(draw.seed, draw.step, *place)
-    keep = torch.rand((x.shape[0], draw.length, x.shape[2]), generator=source) >= rate
-    mask = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    mask[:, :length] = (keep[:, :length] / (1 - rate)).to(x)
-    return x * mask
+    draw, segment = call.draws[run.segments[0]], call.segments[run.segments[0]]
+    assert segment.delta is not None
+    number = [id(layer) for layer in call.bank.layers_at(place)[segment.delta]].index(id(run.layers[0]))
+    at, absent = _absent(call, run.segments[0], place)
+    rows, width = x.shape[0], x.shape[-1]
+    length = x.numel() // (rows * width)
+    # Positions come first, so that padding at the end of a row draws after them and moves nothing.
+    random = torch.rand((length - absent, rows, width), generator=generator(draw.seed, draw.step, *place, number))
+    keep = (random >= rate).transpose(0, 1)
+    if absent:
+        keep = torch.cat([keep[:, :at], keep.new_zeros(rows, absent, width), keep[:, at:]], dim=1)
+    return x * (keep.reshape(x.shape) / (1 - rate)).to(x)
+
+
+def _absent(call: Call, segment: int, place: Place) -> tuple[int, int]:
+    """Where in this segment's rows stand positions that are there for its neighbours' prompts only, and how many."""
+    at, own = call.gathered.get("inserted", (0, None))
+    site = call.bank.sites[place[0]]
+    if own is None or (site.stack == "decoder" and call.bank.two_stacks and site.name not in ("cross.k", "cross.v")):
+        return 0, 0
+    return at, max(own) - own[segment]

@@ -39,7 +39,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Draw:
-    """Key of a segment's dropout masks, and the padded length of its own logical batch."""
+    """Key of a segment's dropout masks, and the padded length of its own logical batch (masks do not depend on it)."""
 
     seed: int
     step: int

@@ -95,7 +95,9 @@ def _check_port(layer: Layer, site: Site, method: str) -> None:
     """SiteError for a layer at a site that has not what its port acts on."""
     wants = {"tokens": "embed", "weight": "weights"}.get(layer.port)
     if (wants and site.name != wants) or (not wants and site.name == "weights"):
-        raise SiteError(f"{method} cannot stand at {site.name!r}; expected {f'at={wants!r}' if wants else 'another site'}")
+        raise SiteError(
+            f"{method} cannot stand at {site.name!r}; expected {f'at={wants!r}' if wants else 'another site'}"
+        )
     if site.name == "embed" and (layer.port == "input" or (layer.reads_input and layer.port == "output")):
         raise SiteError(f"{method} reads vectors, and the input of 'embed' is token ids; choose another site")
     if layer.port == "kv" and site.heads is None:

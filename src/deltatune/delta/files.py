@@ -46,35 +46,50 @@ def spec_from(record: list[dict[str, Any]]) -> Spec:
 
 
 def save(delta: Delta, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a delta into a folder and return it.
+    """Write a delta into a folder of its own and return it.
 
     OutputError if the folder exists (unless `overwrite` and it holds a delta), or cannot be written.
     """
-    from safetensors.torch import save_file
-
     target = Path(folder)
     if target.exists() and not (overwrite and (target / MANIFEST).is_file()):
         raise OutputError(f"{target} exists already; choose another place or remove it")
     with whole_folder(target) as work:
-        tensors = {name: value.cpu().contiguous().clone() for name, value in delta.tensors().items()}
-        save_file(tensors, work / TENSORS, metadata={"format": FORMAT})
-        manifest = {
-            "format": FORMAT,
-            "name": delta.name,
-            "spec": spec_record(delta.spec),
-            "seed": delta.seed,
-            "backbone": delta.backbone_name,
-            "fingerprint": delta.fingerprint,
-            "sites": [
-                {"member": int(address.split("/")[0]), **dataclasses.asdict(site)}
-                for address, site in delta.sites.items()
-            ],
-            "head": head_record(delta.head),
-            "tensors_sha256": _digest(work / TENSORS),
-            "record": delta.record,
-        }
-        (work / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str) + "\n")
+        _write(delta, work)
     return target
+
+
+def save_into(delta: Delta, folder: Path) -> None:
+    """Write a delta's two files into a folder that may hold others, the manifest last.
+
+    OutputError if they cannot be written.
+    """
+    with whole_folder(folder / ".delta") as work:
+        _write(delta, work)
+    for name in (TENSORS, MANIFEST):
+        os.replace(folder / ".delta" / name, folder / name)
+    (folder / ".delta").rmdir()
+
+
+def _write(delta: Delta, work: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: value.cpu().contiguous().clone() for name, value in delta.tensors().items()}
+    save_file(tensors, work / TENSORS, metadata={"format": FORMAT})
+    manifest = {
+        "format": FORMAT,
+        "name": delta.name,
+        "spec": spec_record(delta.spec),
+        "seed": delta.seed,
+        "backbone": delta.backbone_name,
+        "fingerprint": delta.fingerprint,
+        "sites": [
+            {"member": int(address.split("/")[0]), **dataclasses.asdict(site)} for address, site in delta.sites.items()
+        ],
+        "head": head_record(delta.head),
+        "tensors_sha256": _digest(work / TENSORS),
+        "record": delta.record,
+    }
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str) + "\n")
 
 
 def load(folder: str | Path, backbone: Backbone | None = None, *, verify: bool = True) -> Delta:
@@ -140,7 +155,9 @@ def _fill(delta: Delta, tensors: dict[str, Tensor], place: Path) -> None:
     if missing or extra:
         parts = [f"lacks {missing[0]!r}" if missing else "", f"has {extra[0]!r} as well" if extra else ""]
         more = len(missing) + len(extra) - 1
-        raise DeltaFileError(f"{place / TENSORS} {' and '.join(filter(None, parts))}" + (f" ({more} more)" if more else ""))
+        raise DeltaFileError(
+            f"{place / TENSORS} {' and '.join(filter(None, parts))}" + (f" ({more} more)" if more else "")
+        )
     for name, value in tensors.items():
         if value.shape != wanted[name].shape:
             raise DeltaFileError(

@@ -115,5 +115,3 @@ def existing(names: str, backbone: Backbone) -> str:
     if not kept:
         raise SiteError(f"none of the sites {names!r} is in {backbone.name}")
     return " ".join(kept)
-
-

@@ -62,7 +62,11 @@ class Plan:
                 if runs and self._batched and self._joins(runs[-1], run):
                     last = runs.pop()
                     run = Run(
-                        last.start, stop, last.layers + run.layers, last.deltas + run.deltas, last.segments + run.segments
+                        last.start,
+                        stop,
+                        last.layers + run.layers,
+                        last.deltas + run.deltas,
+                        last.segments + run.segments,
                     )
                 runs.append(run)
             start = stop

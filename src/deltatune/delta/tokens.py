@@ -7,6 +7,7 @@ the added positions, so no index of theirs moves.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,9 +28,12 @@ class Inserted:
     at: int
     number: int
 
-    def strip(self, output: Any, kind: str) -> Any:
-        """Take the inserted positions out of a model output [rows, positions, ...]."""
-        prefix = "encoder_" if kind == "encoder-decoder" else ""
+    def strip(self, output: Any, *, encoder_of_two: bool = False) -> Any:
+        """Take the inserted positions out of a model output [rows, positions, ...].
+
+        `encoder_of_two`: the output is an encoder-decoder's, and the positions are in its encoder's part.
+        """
+        prefix = "encoder_" if encoder_of_two else ""
         for name in PER_TOKEN:
             value = output.get(prefix + name) if hasattr(output, "get") else None
             if isinstance(value, Tensor):
@@ -51,7 +55,7 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
     found = _tokens(call, backbone)
     if found is None:
         return None
-    added, seen = found
+    added, seen, own = found
     ids, embeds = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
     if ids is None and embeds is None:
         raise RoutingError("a prompt needs input_ids or inputs_embeds, given by name")
@@ -59,6 +63,7 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
         embeds = backbone.module.get_input_embeddings()(ids)
     rows, length = embeds.shape[:2]
     at = 1 if backbone.kind == "encoder" else 0
+    call.gathered["inserted"] = (at, own)
     number = added.shape[1]
     limit = backbone.positions
     if limit is not None and length + number > limit:
@@ -87,8 +92,8 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
     return Inserted(at, number)
 
 
-def _tokens(call: Call, backbone: Backbone) -> tuple[Tensor, Tensor] | None:
-    """Return tokens [rows, most, width], filled from the right, and which are real [rows, most]."""
+def _tokens(call: Call, backbone: Backbone) -> tuple[Tensor, Tensor, list[int]] | None:
+    """Return tokens [rows, most, width], filled from the right, which are real [rows, most], and how many by segment."""
     site = next((s for s in backbone.anatomy.sites if s.name == "embed"), None)
     rounds = call.plan.rounds((site.key, "tokens")) if site is not None else ()
     if site is None or not rounds:
@@ -113,7 +118,9 @@ def _tokens(call: Call, backbone: Backbone) -> tuple[Tensor, Tensor] | None:
         filled.append(nn.functional.pad(tokens, (0, 0, most - number, 0)))
     added = torch.stack(filled)
     order = call.permutation(1)
-    return (added[order[1]], seen[order[1]]) if order else (added, seen)
+    starts = accumulate((segment.rows for segment in call.segments[:-1]), initial=0)
+    own = [sum(len(t) for t in rows[start]) for start in starts]
+    return (added[order[1]], seen[order[1]], own) if order else (added, seen, own)
 
 
 def _positions(

@@ -28,7 +28,8 @@ def identity(plans: Sequence[Plan], backbone: Backbone) -> str:
         "backbone": backbone.fingerprint(),
         "threads": torch.get_num_threads(),
         "plans": [
-            [spec_record(p.spec), p.task.fingerprint, p.task.metric, p.seed, p.settings.record(), p.label] for p in plans
+            [spec_record(p.spec), p.task.fingerprint, p.task.metric, p.seed, p.settings.record(), p.label]
+            for p in plans
         ],
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -34,7 +34,9 @@ class Engine:
         self.jobs, self.backbone = list(jobs), backbone
         for job in jobs:
             if any(site.name == "lm_head" for site in job.delta.sites.values()):
-                raise SiteError("a delta at lm_head cannot be fitted: the head reads hidden states; leave that site out")
+                raise SiteError(
+                    "a delta at lm_head cannot be fitted: the head reads hidden states; leave that site out"
+                )
         backbone.module.eval()
         # The fingerprint is the original's; the working copy may be in another dtype, which is no news to anyone.
         self.adapted = Adapted(backbone, [job.delta for job in jobs], verify=False)
@@ -202,7 +204,7 @@ def train(
 
 def evaluates(job: Job, goal: int) -> bool:
     """Say whether the job has just reached one of its evaluations."""
-    every = max(1, job.steps // job.plan.settings.evaluations)
+    every = -(-job.steps // job.plan.settings.evaluations)
     return job.step in (goal, job.steps) or job.step % every == 0
 
 

@@ -41,7 +41,8 @@ def estimate(engine: Engine) -> Estimate:
     spent = time.perf_counter() - started
     tokens = sum(_tokens(job) for job in jobs)
     checked = sum(
-        job.plan.settings.evaluations * min(len(job.plan.task.dev), job.plan.settings.dev_rows) + len(job.plan.task.test)
+        job.plan.settings.evaluations * min(len(job.plan.task.dev), job.plan.settings.dev_rows)
+        + len(job.plan.task.test)
         for job in jobs
     ) * (seen / max(1, sum(job.plan.settings.batch for job in jobs)))
     # A forward pass is about a third of a step.

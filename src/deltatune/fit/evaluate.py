@@ -29,9 +29,7 @@ class Predictions:
     confidence: list[float]
 
 
-def predict(
-    adapted: Adapted, delta: Delta | None, head: TaskHead, rows: Sequence[Row], limit: int
-) -> Predictions:
+def predict(adapted: Adapted, delta: Delta | None, head: TaskHead, rows: Sequence[Row], limit: int) -> Predictions:
     """Predict rows with one delta (None: the bare backbone)."""
     return predict_many(adapted, [(delta, head)], rows, limit)[0]
 
@@ -64,9 +62,7 @@ def predict_many(
     return [Predictions(v, c) for v, c in zip(values, confidence, strict=True)]
 
 
-def _hidden(
-    adapted: Adapted, names: Sequence[str | None], inputs: dict[str, torch.Tensor]
-) -> list[torch.Tensor]:
+def _hidden(adapted: Adapted, names: Sequence[str | None], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Hidden states of the same rows under each delta; those that change the weights run by themselves."""
     rows = len(inputs["input_ids"])
     heavy = {name for name in names if name is not None and _changes_weights(adapted.bank[name])}
@@ -98,10 +94,8 @@ def _chunks(order: Sequence[int], examples: Sequence[Example], times: int) -> li
 
 
 def _generate(adapted: Adapted, delta: Delta | None, head: Generation, rows: Sequence[Row], limit: int) -> Predictions:
-    from deltatune.heads.base import tokenise
-
     source = adapted.source
-    prompts = tokenise(source, head.prompts(rows), limit=limit - head.new_tokens - 1)
+    prompts = head.prompts(rows, source, limit)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i].ids))
     values: list[Any] = [""] * len(rows)
     end, pad = source.processor.eos_token_id, source.processor.pad_token_id
@@ -113,14 +107,12 @@ def _generate(adapted: Adapted, delta: Delta | None, head: Generation, rows: Seq
                 chunk = order[start : start + 16]
                 longest = max(len(prompts[i].ids) for i in chunk)
                 ids = torch.tensor([[pad] * (longest - len(prompts[i].ids)) + list(prompts[i].ids) for i in chunk])
-                mask = torch.tensor(
-                    [[0] * (longest - len(prompts[i].ids)) + [1] * len(prompts[i].ids) for i in chunk]
-                )
+                mask = torch.tensor([[0] * (longest - len(prompts[i].ids)) + [1] * len(prompts[i].ids) for i in chunk])
                 made = adapted.generate(
                     ids.to(source.device),
                     attention_mask=mask.to(source.device),
                     deltas=delta.name if delta is not None and len(delta.layers) else None,
-                    max_new_tokens=head.new_tokens,
+                    max_new_tokens=head.room(limit)[1],
                     do_sample=False,
                     eos_token_id=end,
                     pad_token_id=pad,

@@ -15,6 +15,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.data.task import Task
 from deltatune.delta.delta import Delta, generator
 from deltatune.delta.method import Spec, members
+from deltatune.fit.probe import Probe, probe
 from deltatune.fit.settings import Settings, rate
 from deltatune.heads.base import Batch, Example, TaskHead, collate
 from deltatune.heads.choose import head_for
@@ -145,19 +146,26 @@ def make_jobs(plans: Sequence[Plan], backbone: Backbone, origin: Backbone) -> li
     `backbone` is the working copy that computes, `origin` the one whose fingerprint the deltas carry.
     """
     encoded: dict[tuple[str, str, int], list[Example]] = {}
+    probes: dict[tuple[str, str, int], Probe | None] = {}
     jobs: list[Job] = []
     for plan in plans:
         delta = Delta.build(plan.spec, origin, seed=plan.seed, name=plan.name)
         head = head_for(plan.task, origin, plan.seed)
         delta.head = head
-        delta.to(backbone.device)
         limit = min(plan.settings.max_length, room(plan.spec, backbone))
         key = (plan.task.fingerprint, repr(head.arguments), limit)
         if key not in encoded:
             encoded[key] = head.encode(plan.task.train, backbone, limit)
-        jobs.append(
-            Job(plan, delta, head, encoded[key], optimiser(plan, delta, head), plan.settings.total_steps(len(encoded[key])))
-        )
+        if plan.settings.probe:
+            if key not in probes:
+                dev = head.encode(plan.task.dev, backbone, limit)
+                probes[key] = probe(head, encoded[key], dev, backbone)
+            start = probes[key]
+            if start is not None:
+                head.load_state_dict(start)
+        delta.to(backbone.device)
+        steps = plan.settings.total_steps(len(encoded[key]))
+        jobs.append(Job(plan, delta, head, encoded[key], optimiser(plan, delta, head), steps))
     return jobs
 
 
@@ -183,5 +191,3 @@ def optimiser(plan: Plan, delta: Delta, head: TaskHead) -> torch.optim.Optimizer
 def batch_of(job: Job, backbone: Backbone) -> Batch:
     """Collate the job's next logical batch at its own padded length."""
     return collate(job.logical_batch(job.step), backbone)
-
-

@@ -26,6 +26,7 @@ class Settings:
     evaluations    dev evaluations over the whole training
     max_length     longest input in tokens
     dev_rows       dev rows looked at during training (all of them once at the end)
+    probe          whether the head starts from a logistic regression on the frozen features, or at random
     precision      of the backbone: deltas and heads are float32 always
     tokens         most tokens of one physical batch
     """
@@ -42,6 +43,7 @@ class Settings:
     evaluations: int = 6
     max_length: int = 128
     dev_rows: int = 500
+    probe: bool = True
     precision: Precision = "auto"
     tokens: int = 4096
 

@@ -56,15 +56,20 @@ class Generation(TaskHead):
         ends = tokenise(backbone, [row["target"] for row in task.train[:500]], limit=10_000, special=False)
         return cls(_template(task), min(max(len(e.ids) for e in ends) + 4, 128))
 
-    def prompts(self, rows: Sequence[Row]) -> list[str]:
-        """Return the texts that the answers follow."""
-        return [self.template.format(**row) for row in rows]
+    def room(self, limit: int) -> tuple[int, int]:
+        """Return how many tokens a prompt and an answer may have: an answer gets half of the limit at most."""
+        answer = min(self.new_tokens, limit // 2)
+        return limit - answer - 1, answer
+
+    def prompts(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
+        """Return the tokens that the answers follow; a long row is cut, the template never."""
+        return tokenise(backbone, worded(self.template, rows, backbone, self.room(limit)[0]), limit=limit)
 
     def encode(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
         end = processor_of(backbone).eos_token_id
-        answers = tokenise(backbone, [row.get("target", "") for row in rows], limit=self.new_tokens, special=False)
-        room = limit - self.new_tokens - 1
-        prompts = tokenise(backbone, self.prompts(rows), limit=room)
+        most = self.room(limit)[1]
+        answers = tokenise(backbone, [row.get("target", "") for row in rows], limit=most, special=False)
+        prompts = self.prompts(rows, backbone, limit)
         examples = []
         for prompt, answer in zip(prompts, answers, strict=True):
             ids = (*prompt.ids, *answer.ids, end)
@@ -128,13 +133,7 @@ class Verbalized(TaskHead):
 
     def encode(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
         number = {label: i for i, label in enumerate(self.labels)}
-        # What is cut is the row's own text, from its end: the template's question must stay.
-        room = limit - len(processor_of(backbone)(self.template)["input_ids"])
-        cut = [
-            {k: (_cut(backbone, v, room) if isinstance(v, str) and k != "label" else v) for k, v in row.items()}
-            for row in rows
-        ]
-        examples = tokenise(backbone, [self.template.format(**row) for row in cut], limit=limit)
+        examples = tokenise(backbone, worded(self.template, rows, backbone, limit), limit=limit)
         return [
             dataclasses.replace(e, target=number.get(row.get("label", ""), -100))
             for e, row in zip(examples, rows, strict=True)
@@ -156,6 +155,14 @@ class Verbalized(TaskHead):
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
         best = scores.softmax(dim=-1).max(dim=-1)
         return [self.labels[i] for i in best.indices.tolist()], best.values.tolist()
+
+
+def worded(template: str, rows: Sequence[Row], backbone: Backbone, room: int) -> list[str]:
+    """Fill a template so that it fits `room` tokens: each field's text is cut at its end, the template stays whole."""
+    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    frame = len(processor_of(backbone)(template.format(**dict.fromkeys(fields, "")))["input_ids"])
+    share = max(1, (room - frame) // max(1, len(fields)))
+    return [template.format(**{name: _cut(backbone, str(row[name]), share) for name in fields}) for row in rows]
 
 
 def _cut(backbone: Backbone, text: str, room: int) -> str:

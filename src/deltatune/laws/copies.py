@@ -32,7 +32,9 @@ def saved_is_loaded(subject: Subject) -> None:
             loaded = Delta.load(folder, backbone)
         demand(str(loaded.spec) == str(delta.spec), f"saved {delta.spec}, loaded {loaded.spec}")
         kept = (delta.name, delta.seed, delta.fingerprint, delta.record, delta.sites)
-        demand((loaded.name, loaded.seed, loaded.fingerprint, loaded.record, loaded.sites) == kept, "the record changed")
+        demand(
+            (loaded.name, loaded.seed, loaded.fingerprint, loaded.record, loaded.sites) == kept, "the record changed"
+        )
         demand(list(loaded.layers) == list(delta.layers), "the order of the layers changed")
         for name, tensor in delta.tensors().items():
             demand(same_bits(loaded.tensors()[name], tensor), f"{name} came back with other bits in {dtype}")
@@ -65,7 +67,9 @@ def _copied(subject: Subject, how: str, make: Callable[[Adapted], Adapted]) -> N
     agree_rows(subject.run(adapted, rows, route), wanted, f"{how}: after a change of the copy, the original's output")
     if deltas[0].trainable():
         again = subject.run(other, rows, route)
-        demand(any(not torch.equal(a, b) for a, b in zip(again, wanted, strict=True)), f"{how}: the copy does not learn")
+        demand(
+            any(not torch.equal(a, b) for a, b in zip(again, wanted, strict=True)), f"{how}: the copy does not learn"
+        )
         score(again, rows).backward()
         demand(all(p.grad is None for p in adapted.parameters()), f"{how}: the copy's gradient lands in the original")
     other.remove()

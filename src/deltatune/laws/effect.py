@@ -144,7 +144,9 @@ def merges_as_declared(subject: Subject) -> None:
 
 def merge_into(backbone: Backbone, site: Site, layer: Layer) -> None:
     """Write the weights that have a layer's effect into a backbone."""
-    single = Params({n: p.detach()[None, None] if p.ndim == 1 else p.detach()[None] for n, p in layer.named_parameters()})
+    single = Params(
+        {n: p.detach()[None, None] if p.ndim == 1 else p.detach()[None] for n, p in layer.named_parameters()}
+    )
     if isinstance(layer, WeightLayer):
         for key, path in backbone.anatomy.parameters.items():
             parameter = backbone.module.get_parameter(path)
@@ -159,5 +161,3 @@ def merge_into(backbone: Backbone, site: Site, layer: Layer) -> None:
         bias = module.bias if site.view is None else module.bias[site.view.start : site.view.stop]  # type: ignore[index]
         bias.copy_(layer(single, None, bias.detach().clone()[None, None])[0, 0])
     part.copy_(merged)
-
-

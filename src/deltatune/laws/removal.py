@@ -126,7 +126,11 @@ def removal_restores_after(subject: Subject) -> None:
     def generate(adapted: Adapted) -> None:
         adapted.generate(subject.batch(subject.rows(2, length=4))["input_ids"], deltas="a", max_new_tokens=3)
 
-    events: dict[str, Callable[[Adapted], None]] = {"an exception": fail, "training mode": train, "checkpointing": checkpoint}
+    events: dict[str, Callable[[Adapted], None]] = {
+        "an exception": fail,
+        "training mode": train,
+        "checkpointing": checkpoint,
+    }
     if subject.backbone.kind != "encoder":
         events["generation"] = generate
     for when, event in events.items():

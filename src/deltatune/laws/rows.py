@@ -106,7 +106,7 @@ def trained_together_is_trained_alone(subject: Subject, steps: int = 50) -> None
 
 
 def _optimiser(delta: Delta) -> torch.optim.Optimizer | None:
-    return torch.optim.AdamW(delta.parameters(), lr=1e-2, weight_decay=0.01) if delta.trainable() else None
+    return torch.optim.AdamW(delta.parameters(), lr=2e-3, weight_decay=0.01) if delta.trainable() else None
 
 
 def _advance(loss: torch.Tensor, optimisers: Sequence[torch.optim.Optimizer | None]) -> None:

@@ -176,6 +176,11 @@ def same_bits(got: Tensor, wanted: Tensor) -> bool:
     """Say whether two tensors have the same dtype, shape and bytes (NaN equals itself)."""
     if got.dtype != wanted.dtype or got.shape != wanted.shape:
         return False
-    return got.detach().cpu().contiguous().reshape(-1).view(torch.uint8).equal(
-        wanted.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return (
+        got.detach()
+        .cpu()
+        .contiguous()
+        .reshape(-1)
+        .view(torch.uint8)
+        .equal(wanted.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
     )

@@ -69,7 +69,7 @@ def score_against_parameters(result: Result, first: str, second: str | None, nar
             ],
             texts,
         )
-        label = f"{split} {scale.metric} against trained parameters: " + "; ".join(tips.values())
+        label = f"{split} {scale.name} against trained parameters: " + "; ".join(tips.values())
         return to_svg(figure, f"scatter-{'narrow' if narrow else 'wide'}", label, tips)
 
 
@@ -206,6 +206,6 @@ def _curve_in_words(runs: Sequence[Run], scale: Scale) -> str:
     for run in runs:
         curve = run.get("curve") or []
         scores = [point["dev"] for point in curve if point["dev"] is not None]
-        end = f"dev {scale.metric} {scale.score(scores[0])} to {scale.score(scores[-1])}" if scores else "no dev score"
+        end = f"dev {scale.name} {scale.score(scores[0])} to {scale.score(scores[-1])}" if scores else "no dev score"
         words.append(f"seed {run['seed']}: {end} in {curve[-1]['step'] if curve else 0} steps, {run['state']}")
     return "; ".join(words)

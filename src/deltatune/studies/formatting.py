@@ -25,14 +25,19 @@ class Scale:
         return 100.0 if self.percent else 1.0
 
     @property
+    def name(self) -> str:
+        """The metric in words."""
+        return self.metric.replace("_", " ")
+
+    @property
     def label(self) -> str:
         """The metric with its unit, for an axis or a column."""
-        return f"{self.metric}, %" if self.percent else self.metric
+        return f"{self.name}, %" if self.percent else self.name
 
     @property
     def unit(self) -> str:
         """The unit of a difference of two scores."""
-        return "points" if self.percent else self.metric
+        return "points" if self.percent else self.name
 
     @property
     def descending(self) -> bool:

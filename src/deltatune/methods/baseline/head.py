@@ -18,7 +18,7 @@ class Head(Method):
 
     family: ClassVar[Family] = "baseline"
     paper: ClassVar[str] = "arXiv:1610.01644"
-    lr: ClassVar[float] = 1e-2
+    lr: ClassVar[float] = 1e-3
 
     at: str = ""
 

@@ -1,0 +1,107 @@
+"""Measure the default learning rate of every method, and write docs/learning_rates.tsv.
+
+Run as: .venv/bin/python benchmarks/learning_rates.py [--tasks ...] [--steps 100]
+
+All methods at all rates train in one bank, task by task; a row is kept per (task, method, rate), so a stopped run goes
+on. A method's default is the rate with the best dev score, averaged over tasks after each task's own mean was taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections import defaultdict
+from pathlib import Path
+
+from deltatune.backbone.load import load
+from deltatune.data.load import load_task
+from deltatune.delta.catalogue import catalogue
+from deltatune.fit.fit import fit_plans
+from deltatune.fit.job import Plan
+from deltatune.fit.settings import Settings
+
+OUT = Path(__file__).parents[1] / "docs" / "learning_rates.tsv"
+FIELDS = ("task", "method", "lr", "seed", "dev", "state")
+RATES = {
+    "adapter": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "bitfit": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "head": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "ia3": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "parallel_adapter": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "prefix": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "prompt": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+}
+
+
+def measured() -> list[dict[str, str]]:
+    """Return the rows measured so far."""
+    if not OUT.exists():
+        return []
+    with OUT.open() as stream:
+        return list(csv.DictReader(stream, delimiter="\t"))
+
+
+def best_rates(rows: list[dict[str, str]]) -> dict[str, float]:
+    """Return each method's best rate over the tasks; a training that diverged scores 0."""
+    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        value = float(row["dev"])
+        scores[row["method"], row["task"]].append(0.0 if math.isnan(value) else value)
+    gains: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        value, all_rates = float(row["dev"]), scores[row["method"], row["task"]]
+        gain = (0.0 if math.isnan(value) else value) - sum(all_rates) / len(all_rates)
+        gains[row["method"]][float(row["lr"])].append(gain)
+    return {
+        method: max(by_rate, key=lambda lr: (sum(by_rate[lr]) / len(by_rate[lr]), -lr))
+        for method, by_rate in gains.items()
+    }
+
+
+def main() -> None:
+    """Measure what is lacking and print the best rates."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--tasks", nargs="*", default=["stdlib_package", "stdlib_tags", "stdlib_pair"])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=100)
+    arguments = parser.parse_args()
+    backbone, methods = load("minilm"), catalogue()
+    for name in arguments.tasks:
+        task = load_task(name).limited(800, 300, 3)
+        for seed in range(arguments.seeds):
+            done = {(r["task"], r["method"], float(r["lr"]), int(r["seed"])) for r in measured()}
+            plans = [
+                Plan(
+                    methods[method](),
+                    task,
+                    seed,
+                    Settings(lr=lr, steps=arguments.steps, evaluations=4, max_length=32),
+                    f"{method} {lr:g}",
+                )
+                for method, rates in RATES.items()
+                for lr in rates
+                if (name, method, lr, seed) not in done
+            ]
+            if not plans:
+                continue
+            trained = fit_plans(backbone, plans, open_test=False)
+            new = not OUT.exists()
+            with OUT.open("a", newline="") as stream:
+                writer = csv.DictWriter(stream, FIELDS, delimiter="\t", lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                for result in trained:
+                    method, lr = result.plan.label.split()
+                    writer.writerow(
+                        {"task": name, "method": method, "lr": lr, "seed": seed, "dev": f"{result.dev_score:.4f}",
+                         "state": result.state}
+                    )  # fmt: skip
+            print(f"{name}, seed {seed}: {len(trained)} trainings", flush=True)
+    for method, lr in sorted(best_rates(measured()).items()):
+        print(f"{method:20} {lr:g}")
+
+
+if __name__ == "__main__":
+    main()

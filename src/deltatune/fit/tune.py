@@ -1,0 +1,338 @@
+"""Tune: which delta should I take? Candidates in one bank, successive halving on dev, finalists over several seeds.
+
+Source of the halving: Jamieson and Talwalkar 2016, Non-stochastic Best Arm Identification, arXiv:1502.07943. Candidates
+are not restarted: the survivors of a rung go on from where they stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from deltatune.backbone.load import Backbone
+from deltatune.compose.expression import parse
+from deltatune.data.task import Task
+from deltatune.delta.delta import Delta
+from deltatune.delta.method import Spec
+from deltatune.errors import SiteError, UserError
+from deltatune.fit import checkpoint
+from deltatune.fit.engine import Engine, Listener, train, working_copy
+from deltatune.fit.estimate import Estimate, estimate
+from deltatune.fit.fit import Trained, finish
+from deltatune.fit.job import Job, Plan, make_jobs
+from deltatune.fit.settings import Settings, resolve_precision
+
+# Methods × sites, each over RATES times its own default rate.
+SPACE = (
+    "lora",
+    'lora(r=8, at="attn.{q,k,v,o} ffn.{up,down}")',
+    "adapter",
+    "parallel_adapter",
+    "prefix",
+    "bitfit",
+    "ia3",
+)
+RATES = (0.3, 1.0, 3.0)
+BASELINE = "head"
+ETA = 3  # a rung keeps one in ETA
+RUNGS = 3
+FINALISTS = 2
+EPOCHS = 6.0  # the longest training that is worth its time on a small task; the budget may shorten it
+FEWEST = 30  # steps below which a choice on dev says nothing
+EXTRA_SHARE = 0.45  # of the budget, for the finalists' further seeds
+
+State = Literal["chosen", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds of wall clock, or optimiser steps over all candidates (then the result is deterministic for a seed)."""
+
+    seconds: float | None = None
+    steps: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Parse `10m`, `90s`, `1h` or `2000steps`. UserError otherwise."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|steps?)\s*", text)
+        if not match or float(match[1]) <= 0:
+            raise UserError(f"budget {text!r}: expected a time such as 10m, 90s or 1h, or steps such as 2000steps")
+        number, unit = float(match[1]), match[2]
+        if unit.startswith("step"):
+            return cls(steps=int(number))
+        return cls(seconds=number * {"s": 1, "m": 60, "min": 60, "h": 3600}[unit])
+
+
+@dataclass
+class Candidate:
+    """One candidate and how far it came."""
+
+    label: str
+    spec: Spec
+    lr: float
+    trainable: int
+    rung: int = 0
+    steps: int = 0
+    dev: float | None = None
+    state: State = "stopped"
+
+
+@dataclass
+class Tuned:
+    """The outcome: all candidates, the finalists and the head-only baseline over their seeds, and which was chosen."""
+
+    candidates: list[Candidate]
+    trained: list[Trained]
+    chosen: str
+    second: str | None
+    seconds: float = 0.0
+    estimate: Estimate | None = None
+    left_out: list[str] = field(default_factory=list)
+
+
+def candidates(backbone: Backbone, max_params: int | None = None) -> tuple[list[Candidate], list[str]]:
+    """Return the candidates that fit the backbone and the limit, and what was left out with the reason."""
+    found: list[Candidate] = []
+    out: list[str] = []
+    for text in SPACE:
+        spec = parse(text)
+        try:
+            size = Delta.build(spec, backbone).trainable()
+        except SiteError as error:
+            out.append(f"{text}: {error}")
+            continue
+        if max_params is not None and size > max_params:
+            out.append(f"{text}: {size:,} parameters, more than {max_params:,}")
+            continue
+        found += [Candidate(f"{text} lr={spec.lr * factor:.2g}", spec, spec.lr * factor, size) for factor in RATES]
+    if not found:
+        raise UserError(
+            f"no candidate is within --max-params {max_params}; the smallest needs more: {'; '.join(out[:3])}"
+        )
+    return found, out
+
+
+def tune(
+    backbone: Backbone,
+    task: Task,
+    budget: Budget,
+    *,
+    settings: Settings | None = None,
+    max_params: int | None = None,
+    seeds: int = 3,
+    seed: int = 0,
+    folder: Path | None = None,
+    listener: Listener | None = None,
+    announce: Callable[[Estimate], None] | None = None,
+) -> Tuned:
+    """Find the delta to take for a task.
+
+    All candidates train together from one seed; after each rung the best third on dev goes on. The best two and the
+    head-only baseline are then trained from the other seeds, the choice is made on the mean dev score, and the test split
+    is opened once. With a folder a stopped run is resumed.
+    """
+    started = time.monotonic()
+    settings = settings or Settings()
+    found, left_out = candidates(backbone, max_params)
+    working = working_copy(backbone, resolve_precision(settings.precision, backbone))
+    horizon = _horizon(found, task, settings, seeds, budget, backbone, working)
+    settings = dataclasses.replace(settings, steps=horizon, evaluations=RUNGS)
+    plans = [Plan(c.spec, task, seed, dataclasses.replace(settings, lr=c.lr), c.label) for c in found]
+    plans.append(Plan(parse(BASELINE), task, seed, settings, BASELINE))
+    jobs = make_jobs(plans, working, backbone)
+    engine = Engine(jobs, working)
+    place = folder / ".checkpoint" if folder else None
+    identity = checkpoint.identity(plans, backbone) if place else ""
+    guess: Estimate | None = None
+    try:
+        done = checkpoint.read(place / "rungs", jobs, identity) if place else None
+        guess = estimate(engine)
+        if announce:
+            announce(guess)
+        keep = _keeper(place / "rungs" if place else None, jobs, identity)
+        if done is None or not done.get("finished"):
+            deadline = None if budget.seconds is None else started + budget.seconds * (1 - EXTRA_SHARE)
+            _halve(jobs, engine, horizon, listener, keep, deadline)
+            if place:
+                checkpoint.write(place / "rungs", jobs, identity, {"finished": True})
+    finally:
+        engine.close()
+    finalists = _judge(found, jobs)
+    best = [jobs[found.index(c)] for c in finalists]
+    more = [
+        Plan(j.plan.spec, task, s, j.plan.settings, j.plan.label)
+        for j in [*best, jobs[-1]]
+        for s in _others(seed, seeds)
+    ]
+    trained = _finals(best, jobs[-1], more, working, backbone, place, listener, started, budget)
+    return _choose(found, finalists, trained, left_out, guess, time.monotonic() - started)
+
+
+def _others(seed: int, seeds: int) -> range:
+    return range(seed + 1, seed + seeds)
+
+
+def _horizon(
+    found: Sequence[Candidate],
+    task: Task,
+    settings: Settings,
+    seeds: int,
+    budget: Budget,
+    backbone: Backbone,
+    working: Backbone,
+) -> int:
+    """Steps of a full training: as many epochs as pay, shortened until the whole search fits the budget."""
+    wanted = round(
+        (settings.epochs if settings.epochs != Settings.epochs else EPOCHS) * len(task.train) / settings.batch
+    )
+    whole = settings.steps or max(FEWEST, min(wanted, 800))
+    share = sum(ETA**-r * (_goal(1.0, r) - (_goal(1.0, r - 1) if r else 0.0)) for r in range(RUNGS))
+    trainings = len(found) * share + 1 + (FINALISTS + 1) * (seeds - 1)
+    if budget.steps is not None:
+        allowed = budget.steps / trainings
+    else:
+        assert budget.seconds is not None
+        allowed = budget.seconds * 0.85 / (trainings * _seconds_per_step(found, task, settings, backbone, working))
+    return int(max(FEWEST, min(whole, allowed)))
+
+
+def _seconds_per_step(
+    found: Sequence[Candidate], task: Task, settings: Settings, backbone: Backbone, working: Backbone
+) -> float:
+    """Measure what one candidate's step and its share of the evaluations cost, in a bank of all of them."""
+    probe = dataclasses.replace(settings, steps=1, evaluations=1, dev_rows=1)
+    plans = [Plan(c.spec, task, 0, dataclasses.replace(probe, lr=c.lr), c.label) for c in found]
+    engine = Engine(make_jobs(plans, working, backbone), working)
+    try:
+        engine.step(engine.jobs)
+        started = time.perf_counter()
+        engine.step(engine.jobs)
+        step = (time.perf_counter() - started) / len(plans)
+    finally:
+        engine.close()
+    # Dev is looked at RUNGS times in a training; a row forward costs a third of a row trained.
+    looks = RUNGS * min(len(task.dev), settings.dev_rows) / 3
+    return step * (1 + looks / settings.batch / max(FEWEST, EPOCHS * len(task.train) / settings.batch))
+
+
+def _goal(horizon: float, rung: int) -> float:
+    return horizon * ETA ** (rung - RUNGS + 1)
+
+
+def _halve(
+    jobs: Sequence[Job],
+    engine: Engine,
+    horizon: int,
+    listener: Listener | None,
+    keep: Callable[[], None],
+    deadline: float | None,
+) -> None:
+    """Run the rungs: all candidates to a ninth of the horizon, the best third to a third, the best ninth to its end."""
+    rivals, baseline = list(jobs[:-1]), jobs[-1]
+    for rung in range(RUNGS):
+        goal = max(1, math.ceil(_goal(horizon, rung)))
+        train(engine, lambda job, goal=goal: goal, listener=listener, checkpoint=keep, deadline=deadline)  # type: ignore[misc]
+        if rung == RUNGS - 1:
+            break
+        going = [job for job in rivals if job.state in ("running", "waiting")]
+        kept = max(FINALISTS, math.ceil(len(rivals) / ETA ** (rung + 1)))
+        going.sort(key=lambda job: (-(job.curve[-1].dev or 0.0) if job.curve else 0.0, jobs.index(job)))
+        for job in going[kept:]:
+            job.state = "stopped"
+    for job in (*rivals, baseline):
+        if job.state == "running":
+            job.state = "done"
+
+
+def _keeper(place: Path | None, jobs: Sequence[Job], identity: str) -> Callable[[], None]:
+    last = time.monotonic()
+
+    def keep() -> None:
+        nonlocal last
+        if place and time.monotonic() - last > 20:
+            checkpoint.write(place, jobs, identity)
+            last = time.monotonic()
+
+    return keep
+
+
+def _judge(found: Sequence[Candidate], jobs: Sequence[Job]) -> list[Candidate]:
+    """Write down how far each candidate came and return the finalists, best first."""
+    for candidate, job in zip(found, jobs, strict=False):
+        candidate.steps, candidate.dev = job.step, job.best_dev
+        candidate.rung = sum(job.step >= math.ceil(_goal(job.steps, r)) for r in range(RUNGS))
+        candidate.state = {"nan": "failed", "done": "finished"}.get(job.state, "stopped")  # type: ignore[assignment]
+    able = [c for c in found if c.state != "failed" and c.dev is not None]
+    if not able:
+        raise UserError("every candidate diverged; try a lower rate with --lr, or --precision float32")
+    able.sort(key=lambda c: (-c.rung, -(c.dev or 0.0), c.trainable))
+    finalists = able[:1]
+    # The second is of another spec where there is one: two rates of one method answer no question.
+    for candidate in able[1:]:
+        if len(finalists) < FINALISTS and candidate.spec != finalists[0].spec:
+            finalists.append(candidate)
+    return finalists
+
+
+def _finals(
+    best: Sequence[Job],
+    baseline: Job,
+    more: Sequence[Plan],
+    working: Backbone,
+    backbone: Backbone,
+    place: Path | None,
+    listener: Listener | None,
+    started: float,
+    budget: Budget,
+) -> list[Trained]:
+    """Train the finalists and the baseline from the other seeds, then score all of them, test once."""
+    fresh = make_jobs(more, working, backbone)
+    # A finalist that the halving stopped short is finished together with the others.
+    for job in (*best, baseline):
+        if job.state in ("done", "stopped") and job.step < job.steps:
+            job.state = "running"
+    jobs = [*best, baseline, *fresh]
+    engine = Engine(jobs, working)
+    identity = checkpoint.identity([job.plan for job in jobs], backbone) if place else ""
+    try:
+        if place:
+            checkpoint.read(place / "finals", jobs, identity)
+        deadline = None if budget.seconds is None else started + budget.seconds * 0.97
+        keep = _keeper(place / "finals" if place else None, jobs, identity)
+        train(engine, listener=listener, checkpoint=keep, deadline=deadline)
+        unseen = [job for job in jobs if job.state in ("running", "waiting") and job.step]
+        if unseen:
+            engine.evaluate(unseen)
+        for job in unseen:
+            job.state = "done"
+        if place:
+            checkpoint.write(place / "finals", jobs, identity)
+        return finish(engine, [job for job in jobs if job.step], open_test=True)
+    finally:
+        engine.close()
+
+
+def _choose(
+    found: list[Candidate],
+    finalists: Sequence[Candidate],
+    trained: list[Trained],
+    left_out: list[str],
+    guess: Estimate | None,
+    seconds: float,
+) -> Tuned:
+    def mean_dev(label: str) -> float:
+        scores = [t.dev_score for t in trained if t.plan.label == label and math.isfinite(t.dev_score)]
+        return sum(scores) / len(scores) if scores else -math.inf
+
+    order = sorted(finalists, key=lambda c: (-mean_dev(c.label), c.trainable))
+    order[0].state = "chosen"
+    for candidate in order[1:]:
+        candidate.state = "finished"
+    second = order[1].label if len(order) > 1 else None
+    return Tuned(found, trained, order[0].label, second, seconds, guess, left_out)

@@ -1,0 +1,277 @@
+"""The verbs of the public face: fit, fit_many, tune."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deltatune.backbone.load import Backbone, load
+from deltatune.compose.expression import parse
+from deltatune.data.load import load_task
+from deltatune.data.task import Task
+from deltatune.delta.delta import Delta
+from deltatune.delta.method import Spec
+from deltatune.errors import OutputError, UserError
+from deltatune.fit.engine import Listener
+from deltatune.fit.estimate import Estimate
+from deltatune.fit.fit import Trained, fit_plans
+from deltatune.fit.job import Plan
+from deltatune.fit.settings import Settings
+from deltatune.fit.tune import Budget
+from deltatune.fit.tune import tune as run_tune
+from deltatune.studies.report import write_report
+from deltatune.studies.result import build_result, label_of
+from deltatune.studies.schema import SCHEMA
+from deltatune.studies.table import summary_table
+
+Announce = Callable[[Estimate], None]
+
+
+@dataclass
+class Runs:
+    """Finished trainings and their results, one result per task.
+
+    `best` is the training to take: of the chosen delta, the seed that is best on dev.
+    """
+
+    trained: list[Trained]
+    results: list[dict[str, Any]]
+    out: Path | None = None
+    tables: list[Any] = field(default_factory=list)
+
+    @property
+    def best(self) -> Trained:
+        """The best training of the first task's chosen delta."""
+        if not self.trained:
+            raise UserError("nothing was trained: this was a dry run")
+        return best_of(self.trained, self.results[0])
+
+    @property
+    def delta(self) -> Delta:
+        """The best training's delta."""
+        return self.best.delta
+
+    def json(self) -> dict[str, Any]:
+        """Return the fixed keys of `--json`."""
+        runs = [run for result in self.results for run in result["runs"]]
+        made: dict[str, Any] = {"schema": SCHEMA, "runs": runs}
+        if self.results and "candidates" in self.results[0]:
+            made |= {"candidates": self.results[0]["candidates"], "chosen": self.results[0]["chosen"]}
+        return made
+
+    def __repr__(self) -> str:
+        return "\n".join(result["sentence"] for result in self.results) or "a dry run"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = "".join(
+            f"<tr><td>{escape(row['delta'])}</td><td>{row['trainable']:,}</td><td>{_percent(row['dev'])}</td>"
+            f"<td>{_percent(row.get('test'))}</td></tr>"
+            for result in self.results
+            for row in result["summary"]
+        )
+        return f"<p>{escape(repr(self))}</p><table><tr><th>delta<th>parameters<th>dev<th>test</tr>{rows}</table>"
+
+
+def _percent(interval: dict[str, float | None] | None) -> str:
+    if not interval or interval["mean"] is None:
+        return "–"
+    half = "" if interval["low"] is None else f" ± {100 * (interval['mean'] - interval['low']):.1f}"
+    return f"{100 * interval['mean']:.1f}{half}"
+
+
+def best_of(trained: Sequence[Trained], result: dict[str, Any]) -> Trained:
+    """Return the training of a result's chosen delta that is best on dev; any other if all are baselines."""
+    mine = [t for t in trained if t.plan.task.name == result["task"]["name"]]
+    of_chosen = [t for t in mine if label_of(t) == result["chosen"] and t.dev_score == t.dev_score]
+    return max(of_chosen or mine, key=lambda t: t.dev_score if t.dev_score == t.dev_score else -1.0)
+
+
+def _seeds(seeds: int | Sequence[int]) -> list[int]:
+    return list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+
+
+def fit(
+    model: Backbone | nn.Module | str,
+    delta: Spec | str,
+    task: Task | str | Path,
+    *,
+    seeds: int | Sequence[int] = 1,
+    out: str | Path | None = None,
+    **settings: Any,
+) -> Runs:
+    """Fit one delta to one task from some seeds and print mean ± interval.
+
+    `settings` are the fields of `Settings`. UserError for a setting, task or delta that does not fit.
+    """
+    return fit_many(model, [(delta, task)], seeds=seeds, out=out, **settings)
+
+
+def fit_many(
+    model: Backbone | nn.Module | str,
+    pairs: Sequence[tuple[Spec | str, Task | str | Path]],
+    *,
+    seeds: int | Sequence[int] = 1,
+    out: str | Path | None = None,
+    **settings: Any,
+) -> Runs:
+    """Fit many (delta, task) pairs together, each from every seed, and print what came out."""
+    labelled = [(str(d), parse(d) if isinstance(d, str) else d, load_task(t)) for d, t in pairs]
+    plans = [Plan(s, t, seed, make_settings(**settings), label) for label, s, t in labelled for seed in _seeds(seeds)]
+    runs = run_plans(load(model), plans, out=Path(out) if out else None, command="dt.fit_many(...)")
+    print(runs)
+    return runs
+
+
+def make_settings(**fields: Any) -> Settings:
+    """Make settings. UnknownName for a field that is none."""
+    from deltatune.errors import UnknownName
+
+    for name in fields:
+        if name not in Settings.__dataclass_fields__:
+            raise UnknownName("setting", name, Settings.__dataclass_fields__)
+    return Settings(**fields)
+
+
+def run_plans(
+    backbone: Backbone,
+    plans: Sequence[Plan],
+    *,
+    out: Path | None = None,
+    listener: Listener | None = None,
+    announce: Announce | None = None,
+    dry_run: bool = False,
+    command: str = "",
+) -> Runs:
+    """Train plans together and write what the command line promises.
+
+    One run lands in `out`, several in `out/<task>/<delta>/<seed>` with `out/runs.json`, and a report for each task.
+    OutputError if `out` holds something else than this fit, unfinished.
+    """
+    if out is not None and not dry_run:
+        check_out(out)
+    trained = fit_plans(
+        backbone, plans, folder=out if not dry_run else None, listener=listener, announce=announce, dry_run=dry_run
+    )
+    runs = Runs(trained, [], out)
+    if dry_run:
+        return runs
+    saved = {t.plan.name: str(_place(out, t, len(trained))) for t in trained} if out else {}
+    for task in {t.plan.task.name: t.plan.task for t in trained}.values():
+        mine = [t for t in trained if t.plan.task.name == task.name]
+        runs.results.append(build_result(backbone, task, mine, command=command, saved=saved))
+    runs.tables = [summary_table(result) for result in runs.results]
+    if out:
+        _write(runs, out, saved)
+    return runs
+
+
+def check_out(out: Path) -> None:
+    """OutputError unless `out` is absent, empty, or an unfinished run of ours."""
+    if out.is_file():
+        raise OutputError(f"{out} is a file; expected a folder that does not exist yet")
+    if out.is_dir() and any(out.iterdir()) and not (out / ".checkpoint").is_dir():
+        raise OutputError(f"{out} exists already and is not empty; choose another --out or remove it")
+
+
+def _place(out: Path | None, trained: Trained, number: int) -> Path:
+    assert out is not None
+    if number == 1:
+        return out
+    name = re.sub(r"[^\w.=-]+", "-", label_of(trained)).strip("-")
+    return out / trained.plan.task.name / name / str(trained.plan.seed)
+
+
+def _write(runs: Runs, out: Path, saved: dict[str, str]) -> None:
+    from deltatune.delta.files import save_into
+
+    for trained in runs.trained:
+        save_into(trained.delta, Path(saved[trained.plan.name]))
+    several = len(runs.results) > 1
+    for result in runs.results:
+        folder = out / result["task"]["name"] if several else out
+        write_json(folder / "result.json", result)
+        write_report(result, folder / "report.html")
+    write_json(out / "runs.json", runs.json())
+    clear_checkpoint(out)
+
+
+def clear_checkpoint(out: Path) -> None:
+    """Remove the state of a run that is finished."""
+    import shutil
+
+    shutil.rmtree(out / ".checkpoint", ignore_errors=True)
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Write a JSON file whole or not at all. OutputError if it cannot be written."""
+    import os
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    work = file.with_name(f".{file.name}.tmp")
+    try:
+        with work.open("w") as stream:
+            json.dump(data, stream, indent=1, default=str)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(work, file)
+    except OSError as error:
+        work.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def tune(
+    model: Backbone | nn.Module | str,
+    task: Task | str | Path,
+    *,
+    budget: str = "10m",
+    max_params: int | None = None,
+    seeds: int = 3,
+    seed: int = 0,
+    out: str | Path | None = None,
+    listener: Listener | None = None,
+    announce: Announce | None = None,
+    command: str = "dt.tune(...)",
+    **settings: Any,
+) -> Runs:
+    """Find the delta to take for a task within a budget (`"10m"`, or `"2000steps"`: then deterministic for a seed).
+
+    Candidates train together and are halved on dev; test is looked at once. With `out`, the chosen delta is saved there
+    with `result.json` and `report.html`, and a stopped search is resumed.
+    """
+    place = Path(out) if out else None
+    if place:
+        check_out(place)
+    backbone, loaded = load(model), load_task(task)
+    tuned = run_tune(
+        backbone,
+        loaded,
+        Budget.parse(budget),
+        settings=make_settings(**settings),
+        max_params=max_params,
+        seeds=seeds,
+        seed=seed,
+        folder=place,
+        listener=listener,
+        announce=announce,
+    )
+    draft = build_result(backbone, loaded, tuned.trained, command=command, tuned=tuned)
+    best = best_of(tuned.trained, draft)
+    saved = {best.plan.name: str(place)} if place else {}
+    result = build_result(backbone, loaded, tuned.trained, command=command, tuned=tuned, saved=saved)
+    runs = Runs(tuned.trained, [result], place, [summary_table(result)])
+    if place:
+        from deltatune.delta.files import save_into
+
+        save_into(best.delta, place)
+        write_json(place / "result.json", result)
+        write_report(result, place / "report.html")
+        clear_checkpoint(place)
+    return runs
