@@ -3,7 +3,8 @@
 Run as: .venv/bin/python benchmarks/learning_rates.py [--tasks ...] [--steps 100]
 
 All methods at all rates train in one bank, task by task; a row is kept per (task, method, rate), so a stopped run goes
-on. A method's default is the rate with the best dev score, averaged over tasks after each task's own mean was taken off.
+on. A method's default is the rate with the best dev score, averaged over tasks after each task's own mean was taken
+off.
 """
 
 from __future__ import annotations

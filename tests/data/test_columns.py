@@ -60,6 +60,12 @@ def test_lists_are_proposed_as_tokens_and_tags(tmp_path):
     assert task(path, tokens="words", tags="ner_tags").kind == "token_classification"
 
 
+def test_a_file_of_three_rows_is_enough_for_a_proposal(tmp_path):
+    path = write(tmp_path, "rows", renamed(3, id="{i}", review=LONG, stars="{i}"), ".csv")
+    with pytest.raises(TaskError, match=r"give --columns text=review,label=stars$"):
+        load_task(path)
+
+
 def test_nothing_is_proposed_where_nothing_fits(tmp_path):
     path = write(tmp_path, "rows", renamed(id="{i}", code="{i}"), ".csv")
     with pytest.raises(TaskError, match=r"columns id, code; expected .*; name them with --columns FIELD=COLUMN,"):

@@ -45,7 +45,7 @@ def test_class_numbers_become_names_and_hidden_labels_no_test(monkeypatch):
     seen = hub_set(monkeypatch, **made)
     found = load_task("hf:nyu-mll/glue:sst2@v1", columns={"text": "sentence"})
     assert seen == {"path": "nyu-mll/glue", "name": "sst2", "revision": "v1"}
-    assert found.name == "glue:sst2" and found.labels == ("neg", "pos")
+    assert found.name == "glue_sst2" and found.labels == ("neg", "pos")
     assert all(row["text"].startswith("s ") for row in found.test)
     assert all(row["label"] == ["neg", "pos"][int(row["text"][2:]) % 2] for row in found.train)
 

@@ -6,9 +6,10 @@ absent with the reason.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -201,10 +202,10 @@ def _block_sites(model: nn.Module, stack: str, number: int, path: str, block: nn
                 parts[f"{group}.{part}"] = full
                 sites.append(Site(f"{group}.{part}", stack, number, full, full, *shape, bias=bias))
         elif is_norm(module):
-            name = _norm_name(relative, block)
-            if name:
-                width = module.weight.shape[0]  # type: ignore[union-attr, index]
-                sites.append(Site(name, stack, number, full, full, width, width, bias=bias))
+            norm = _norm_name(relative, block)
+            if norm:
+                width = module.get_parameter("weight").shape[0]
+                sites.append(Site(norm, stack, number, full, full, width, width, bias=bias))
         elif group == "ffn" and ACTIVATION.search(relative):
             parts["ffn.act"] = full
     by_name = {s.name: s for s in sites}
@@ -237,9 +238,7 @@ def _norm_name(relative: str, block: nn.Module) -> str | None:
 
 
 def _heads(model: nn.Module, q_path: str, k_path: str, q_width: int, k_width: int) -> Heads | None:
-    module = (
-        q_path.rpartition(".")[0] if q_path == k_path else os.path.commonprefix([q_path, k_path]).rpartition(".")[0]
-    )
+    module = q_path.rpartition(".")[0] if q_path == k_path else _common(q_path, k_path)
     config = getattr(model.get_submodule(module), "config", None) or getattr(model, "config", None)
     number = getattr(config, "num_attention_heads", None)
     if not isinstance(number, int) or q_width % number:
@@ -248,11 +247,17 @@ def _heads(model: nn.Module, q_path: str, k_path: str, q_width: int, k_width: in
     return Heads(module, k_width // width, width)
 
 
-def _global_sites(model: nn.Module, trunk: nn.Module, trunk_path: str, stacks: dict[str, str]) -> list[Site]:
+def _common(left: str, right: str) -> str:
+    """Return the path of the innermost module that holds both."""
+    pairs = zip(left.split("."), right.split("."), strict=False)
+    return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _global_sites(model: Any, trunk: Any, trunk_path: str, stacks: dict[str, str]) -> list[Site]:
     sites: list[Site] = []
     paths = {id(module): path for path, module in model.named_modules()}
     # Of an encoder-decoder take the encoder's own module: the shared one may hold the table and never be called.
-    owner = trunk.get_encoder() if len(stacks) == 2 and hasattr(trunk, "get_encoder") else trunk
+    owner: Any = trunk.get_encoder() if len(stacks) == 2 and hasattr(trunk, "get_encoder") else trunk
     embed = owner.get_input_embeddings() if hasattr(owner, "get_input_embeddings") else None
     first = "encoder" if "encoder" in stacks else "decoder"
     if isinstance(embed, nn.Embedding):
@@ -262,7 +267,7 @@ def _global_sites(model: nn.Module, trunk: nn.Module, trunk_path: str, stacks: d
     for path, module in trunk.named_modules(prefix=trunk_path):
         if not is_norm(module) or path.startswith(inside):
             continue
-        width, bias = module.weight.shape[0], getattr(module, "bias", None) is not None  # type: ignore[union-attr, index]
+        width, bias = module.get_parameter("weight").shape[0], getattr(module, "bias", None) is not None
         stack = next((s for s, p in stacks.items() if p.rpartition(".")[0] == path.rpartition(".")[0]), first)
         if "embed" in path.lower():
             sites.append(Site("norm.embed", first, None, path, path, width, width, bias=bias))

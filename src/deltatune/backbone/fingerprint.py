@@ -32,9 +32,10 @@ def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
         header = f"{key}:{tuple(values.shape)}".encode()
         for name, digest in digests.items():
             # A value that is exact in the narrower dtype has one form only, so widen to float32 before hashing.
-            view = values.float() if name == "exact" else values.to(ROUNDED[name])
+            wide = torch.promote_types(values.dtype, torch.float32)
+            view = values.to(wide if name == "exact" else ROUNDED[name])
             digest.update(header)
-            digest.update(view.view(torch.uint8).numpy() if view.ndim else view.reshape(1).view(torch.uint8).numpy())
+            digest.update(view.reshape(-1).view(torch.uint8).numpy().data)
     dtype = str(tensors[0][1].dtype).removeprefix("torch.")
     return {"dtype": dtype, **{name: digest.hexdigest() for name, digest in digests.items()}}
 

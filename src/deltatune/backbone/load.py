@@ -25,7 +25,7 @@ class Backbone:
 
     def __init__(self, module: nn.Module, processor: Any = None, name: str = "") -> None:
         self.module, self.processor, self.name = module, processor, name or type(module).__name__
-        self._fingerprint: tuple[int, dict[str, str]] | None = None
+        self._fingerprint: tuple[tuple[Any, ...], dict[str, str]] | None = None
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -43,6 +43,18 @@ class Backbone:
         """The network without its head; for an encoder-decoder, its encoder."""
         base: nn.Module = getattr(self.module, "base_model", self.module)
         return base.get_encoder() if self.kind == "encoder-decoder" else base  # type: ignore[operator]
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """The table of token embeddings."""
+        table: nn.Embedding = self.module.get_input_embeddings()  # type: ignore[operator]
+        return table
+
+    @property
+    def output(self) -> nn.Linear | None:
+        """The language-model head, or None."""
+        found: nn.Linear | None = self.module.get_output_embeddings()  # type: ignore[operator]
+        return found
 
     @property
     def width(self) -> int:
@@ -82,7 +94,7 @@ class Backbone:
 
     def fingerprint(self) -> dict[str, str]:
         """Return the digests of the trunk's weights; computed again when a weight was written to."""
-        stamp = sum(p._version for p in self.module.parameters())
+        stamp = tuple((p.data_ptr(), p.dtype, p._version) for p in self.module.parameters())
         if self._fingerprint is None or self._fingerprint[0] != stamp:
             self._fingerprint = (stamp, fingerprint(self.module, self.anatomy))
         return self._fingerprint[1]

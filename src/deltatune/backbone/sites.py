@@ -86,7 +86,7 @@ class Selection(Sequence[Site]):
     def __init__(self, sites: Iterable[Site]) -> None:
         self._sites = tuple(sites)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
         return self._sites[index]
 
     def __len__(self) -> int:

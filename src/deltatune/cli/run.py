@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from deltatune.cli.command import Invocation
 from deltatune.cli.output import note, one_line
-from deltatune.errors import DeltaExpressionError, DeltatuneError, nearest
+from deltatune.errors import DeltaExpressionError, DeltatuneError, Interrupted, nearest
 
 # What the machine or its owner says no to: no fault of this program, and a traceback would not help.
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
@@ -34,6 +34,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _interrupted(command)
     except DeltaExpressionError as error:
         print(f"error: {_pointed(error)}", file=sys.stderr)
+        return error.exit_status
+    except Interrupted as error:
+        note(str(error))
         return error.exit_status
     except DeltatuneError as error:
         note(f"error: {error}")

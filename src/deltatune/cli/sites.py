@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,8 +88,10 @@ def ranges(numbers: Sequence[int]) -> str:
 
 def _pattern(found: Sequence[Site]) -> str:
     first = found[0]
-    span = first.exit if first.entry == first.exit else f"{first.entry} … {first.exit}"
-    return span if first.block is None else span.replace(f".{first.block}.", ".*.").removesuffix(f".{first.block}")
+    paths = dict.fromkeys((first.entry, first.exit))
+    if first.block is not None:
+        paths = dict.fromkeys(re.sub(rf"\.{first.block}(?=\.|$)", ".*", path, count=1) for path in paths)
+    return " … ".join(paths) or "all of it"
 
 
 def _present(rows: Sequence[dict[str, Any]]) -> Table:

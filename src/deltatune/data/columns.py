@@ -26,6 +26,8 @@ LIKELY: Mapping[str, str] = {
     "source": "source input article document question prompt src instruction code",
     "target": "target output summary answer response completion translation tgt headline reply",
 }
+LONGEST_LABEL = 5  # words in a cell on average, above which a column is no label
+MOST_DISTINCT = 0.5  # share of distinct values, above which a column hardly is one
 WORDY = 1.2  # words in a cell on average, above which a column is text and not a name or a number
 PAIRS = (("premise", "hypothesis"), ("query", "passage"), ("query", "document"), ("question", "sentence"))
 
@@ -103,10 +105,6 @@ class _Column:
     distinct: float
     listed: bool
 
-    @property
-    def labels(self) -> bool:
-        return not self.listed and self.words <= 5 and self.distinct <= 0.5
-
 
 def propose(table: Table, kind: Kind | None, given: Mapping[str, str]) -> dict[str, str]:
     """Return the columns to give, guessed by names and content; {} where there is no good guess."""
@@ -171,7 +169,10 @@ def _content(field: str, column: _Column, columns: list[_Column]) -> float:
     if column.listed:
         return -2.0
     if field == "label":
-        return 1.0 - column.distinct if column.labels else -2.0
+        if column.words > LONGEST_LABEL:
+            return -2.0
+        # Many values tell against a label, but in a file of a few rows its name may outweigh that.
+        return 1.0 - column.distinct if column.distinct <= MOST_DISTINCT else -0.5
     return column.words / longest if column.words > WORDY else -2.0
 
 

@@ -114,7 +114,8 @@ def _tables(source: str | Path) -> tuple[str, str, dict[str, Table]]:
     if text.startswith("hf:"):
         from deltatune.data.hub import read_hub
 
-        return text.removeprefix("hf:").split("@")[0].rsplit("/", 1)[-1], text, read_hub(text.removeprefix("hf:"))
+        name = text.removeprefix("hf:")
+        return name.split("@")[0].rsplit("/", 1)[-1].replace(":", "_"), text, read_hub(name)
     try:
         path = Path(source).expanduser()
         if path.is_dir():

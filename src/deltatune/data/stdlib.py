@@ -6,7 +6,6 @@ import ast
 import json
 import sys
 import sysconfig
-import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -110,5 +109,7 @@ def _code(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionD
         return ""
     if (node.end_lineno or 0) - node.lineno > 40:
         return ""
-    head = lines[node.lineno - 1 : node.body[0].lineno - 1]
-    return textwrap.dedent("\n".join(head + lines[(node.body[0].end_lineno or 0) : node.end_lineno]))
+    body = lines[node.lineno - 1 : node.body[0].lineno - 1] + lines[node.body[0].end_lineno : node.end_lineno]
+    # Not textwrap.dedent: a line of a text in triple quotes may stand further left than the function.
+    indent = body[0][: node.col_offset]
+    return "\n".join(line.removeprefix(indent) for line in body)

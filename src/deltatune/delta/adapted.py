@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,10 @@ from deltatune.delta.tokens import Inserted, rewrite
 from deltatune.errors import RoutingError, UnknownName
 
 Route = str | Delta | None | Sequence["str | Delta | None"]
+INPUTS = (
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "decoder_input_ids",
+    "decoder_attention_mask", "pixel_values", "input_features", "labels", "start_positions", "end_positions",
+)  # fmt: skip
 _UNSET: Any = object()
 # What `using` says, for each Adapted by its id: a block of one says nothing about another.
 _using: ContextVar[Mapping[int, Any]] = ContextVar("deltatune_using", default=MappingProxyType({}))
@@ -119,14 +124,13 @@ class Adapted(nn.Module):
         """
         return self._run(self.backbone, args, kwargs, deltas)
 
-    def encode(self, *, deltas: Route = _UNSET, call: Call | None = None, **kwargs: Any) -> Tensor:
-        """Return the last hidden states [rows, tokens, width] of the trunk (the encoder of an encoder-decoder)."""
-        hidden: Tensor = self._run(self.source.trunk, (), kwargs, deltas, call).last_hidden_state
-        return hidden
+    def encode(self, inputs: dict[str, Tensor], *, deltas: Route = _UNSET, call: Call | None = None) -> Tensor:
+        """Return the last hidden states [rows, tokens, width] of the trunk (the encoder of an encoder-decoder).
 
-    def run(self, call: Call, **kwargs: Any) -> Any:
-        """Run the backbone under a call that was made before."""
-        return self._run(self.backbone, (), kwargs, _UNSET, call)
+        `call` is a call that was made before; `deltas` makes one.
+        """
+        hidden: Tensor = self._run(self.source.trunk, (), inputs, deltas, call).last_hidden_state
+        return hidden
 
     def _run(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route, call: Call | None = None
@@ -136,7 +140,7 @@ class Adapted(nn.Module):
         if args and isinstance(args[0], Tensor):
             name = getattr(self.backbone, "main_input_name", "input_ids")
             kwargs, args = {name: args[0], **kwargs}, args[1:]
-        call = call or self.call(_rows(kwargs), route)
+        call = self.call(_rows(kwargs), route) if call is None else self._checked(call, kwargs)
         inserted: Inserted | None = None
         with entered(call), self._weights(call):
             if self.bank.has_tokens:
@@ -146,8 +150,21 @@ class Adapted(nn.Module):
                 self._recall()
             output = module(*args, **kwargs)
         if inserted:
-            inserted.strip(output, encoder_of_two=module is self.backbone and self.source.kind == "encoder-decoder")
+            inserted.strip(output, encoder_of_two=len(self.source.anatomy.depth) == 2 and module is not self.source.trunk)
         return output
+
+    def _checked(self, call: Call, kwargs: dict[str, Any]) -> Call:
+        """A call that was made before: for this bank, for so many rows, and with nothing left from an earlier run."""
+        if call.bank is not self.bank:
+            raise RoutingError("this call was made by another Adapted; make it with this one's `call`")
+        if (rows := _rows(kwargs)) != call.rows:
+            raise RoutingError(f"the call routes {call.rows} rows, the batch has {rows}")
+        call.gathered.clear()
+        return call
+
+    def run(self, call: Call, **kwargs: Any) -> Any:
+        """Run the backbone under a call that was made before."""
+        return self._run(self.backbone, (), kwargs, _UNSET, call)
 
     def generate(self, input_ids: Tensor, *, deltas: Route = _UNSET, **kwargs: Any) -> Any:
         """Generate as the backbone does, with `deltas` (one, or one per row); beams and returned sequences included."""
@@ -179,8 +196,8 @@ class Adapted(nn.Module):
         run = rounds[0][0]
         if len(call.segments) > 1 or len(rounds) > 1 or run.scale != 1.0:
             raise RoutingError(
-                f"{run.deltas[0]!r} changes the weights themselves, so all rows of a call must be its own, and no other "
-                f"delta of weights may act with it"
+                f"{run.deltas[0]!r} changes the weights themselves, so all rows of a call must be its own, and no "
+                f"other delta of weights may act with it"
             )
         params = self.bank.params(
             call, (self.bank.weights_key, "weight"), run, torch.promote_types(self.source.dtype, torch.float32)
@@ -191,6 +208,18 @@ class Adapted(nn.Module):
 
     # What training loops ask for
 
+    @property
+    def base_model(self) -> Headless:
+        """The backbone without its head, under the deltas; TRL's trainers run it in place of `forward`."""
+        return Headless(self)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the backbone's forward takes `num_items_in_batch`; transformers' Trainer asks."""
+        parameters = inspect.signature(self.backbone.forward).parameters.values()
+        any_name = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        return bool(getattr(self.backbone, "accepts_loss_kwargs", any_name))
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute blocks in the backward pass; each recomputation runs under the call of its forward.
 
@@ -199,7 +228,11 @@ class Adapted(nn.Module):
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if options["use_reentrant"]:
             raise RoutingError("reentrant checkpointing loses the delta's gradients: leave use_reentrant=False")
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+        # The second name is the older one.
+        enable = getattr(self.backbone, "activation_checkpointing_enable", None) or getattr(
+            self.backbone, "gradient_checkpointing_enable"
+        )
+        enable(options)
         self._recall()
 
     def _recall(self) -> None:
@@ -208,7 +241,7 @@ class Adapted(nn.Module):
             if function is not None and not getattr(function, "recalls", False):
                 if getattr(function, "keywords", {}).get("use_reentrant", False):
                     raise RoutingError("reentrant checkpointing loses the delta's gradients: use_reentrant=False")
-                module._gradient_checkpointing_func = recalling(function)
+                module.__dict__["_gradient_checkpointing_func"] = recalling(function)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the bank's tensors alone: the backbone is frozen and is no state of an `Adapted`."""
@@ -247,6 +280,33 @@ class Adapted(nn.Module):
         self.remove()
 
 
+class Headless:
+    """The backbone without its head: called, it runs under the deltas; asked for anything else, it is the network's."""
+
+    def __init__(self, adapted: Adapted) -> None:
+        self._adapted = adapted
+
+    def __call__(self, *args: Any, deltas: Route = _UNSET, **kwargs: Any) -> Any:
+        return self._adapted._run(self._adapted.backbone.base_model, args, kwargs, deltas)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapted.backbone.base_model, name)
+
+
+def _signature() -> inspect.Signature:
+    """The signature of `forward` with the inputs of transformers' models spelled out.
+
+    Trainer drops every column of a data set that is not a parameter of `forward`, and finds labels by name.
+    """
+    own = inspect.signature(Adapted.forward)
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in INPUTS]
+    *first, deltas, rest = own.parameters.values()
+    return own.replace(parameters=[*first, *named, deltas, rest])
+
+
+Adapted.forward.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
 def adapt(
     source: Backbone | nn.Module | str,
     *deltas: Spec | Delta,
@@ -258,6 +318,8 @@ def adapt(
     The backbone is frozen until `remove`. BackboneMismatch if a delta was trained on other weights (`verify=False` goes
     on), SiteError if a selection does not fit.
     """
+    if isinstance(source, Adapted):
+        raise RoutingError("this is adapted already: give all deltas to one `adapt`, or adapt its `.source` once more")
     backbone = load(source)
     made = [d if isinstance(d, Delta) else Delta.build(d, backbone, seed=seed) for d in deltas]
     return Adapted(backbone, made, verify=verify)

@@ -1,8 +1,8 @@
 """Keys and values inside attention: one attention function that stands before whatever the backbone uses.
 
-While a delta is attached, the backbone's attention is called through `deltatune_<its own>`. A prefix is put before keys
-and values there and never enters the cache, so caches, beams and recomputation agree. Short rows on a CPU are computed as
-plain products: the fused kernel's backward is the largest single cost of a training step there.
+While a delta is attached, the backbone's attention is called through `deltatune_<its own>`. A prefix is put before
+keys and values there and never enters the cache, so caches, beams and recomputation agree. Short rows on a CPU are
+computed as plain products: the fused kernel's backward is the largest single cost of a training step there.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def plain(
 ) -> tuple[Tensor, Tensor]:
     """Attention by batched products.
 
-    query [rows, heads, queries, width], key and value [rows, kv heads, keys, width]; returns [rows, queries, heads, width]
-    and the weights [rows, heads, queries, keys].
+    query [rows, heads, queries, width], key and value [rows, kv heads, keys, width]; returns the result [rows, queries,
+    heads, width] and the weights [rows, heads, queries, keys].
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -104,8 +104,8 @@ def plain(
         mask = causal(query, key)
     if mask is not None:
         if mask.dtype == torch.bool:
-            # The least finite number and not -inf: a row that sees nothing must not become NaN. Added and not filled in:
-            # the mask has one head, the scores have many.
+            # The least finite number and not -inf: a row that sees nothing must not become NaN. Added and not filled
+            # in: the mask has one head, the scores have many.
             mask = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).masked_fill_(
                 ~mask, torch.finfo(scores.dtype).min
             )
@@ -162,7 +162,7 @@ def with_prefix(
 
 
 def _prefixes(call: Call, site: Site, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return keys, values [rows, kv heads, length, width] and which of them each row sees [rows, length], None for all."""
+    """Return keys, values [rows, kv heads, length, width] and which of them a row sees [rows, length] (None: all)."""
     times = call.expansion(key.shape[0], site.key)
     place = (site.key, "kv")
     pieces: list[tuple[int, int, Tensor, Tensor]] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from deltatune.delta.plan import Place, Plan, Run
 from deltatune.errors import RoutingError, UnknownName
 
 PLANS_KEPT = 64
+_building = threading.RLock()  # plans and stacks are made by one thread at a time
 
 
 class _Stacked(torch.autograd.Function):
@@ -36,7 +38,7 @@ class _Stacked(torch.autograd.Function):
 
 
 class Stack:
-    """The parameters of all layers of one kind at one place, each a [deltas, ...] tensor that the leaves are views of."""
+    """The parameters of all layers of one kind at one place: [deltas, ...] tensors that the leaves are views of."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.position = {id(layer): i for i, layer in enumerate(layers)}
@@ -83,6 +85,8 @@ class Bank(nn.Module):
     def _forget(self) -> None:
         self.plans: dict[tuple[Any, ...], Plan] = {}
         self.stacks: dict[tuple[Any, ...], Stack] = {}
+        # Delta -> one stacked parameter of it and where its values lie: if they moved, the stacks are of no use.
+        self.watched: dict[str, tuple[dict[str, Any], str, int]] = {}
 
     def __getitem__(self, name: str) -> Delta:
         if name not in self.names:
@@ -97,23 +101,30 @@ class Bank(nn.Module):
 
     def plan(self, segments: tuple[Segment, ...], batched: bool = True) -> Plan:
         """Return the plan of a routing; the last few are kept."""
+        for values, name, place in tuple(self.watched.values()):
+            if values[name].data_ptr() != place:
+                self._forget()
+                break
         key = (segments, batched)
-        if key not in self.plans:
-            if len(self.plans) >= PLANS_KEPT:
-                del self.plans[next(iter(self.plans))]
-            self.plans[key] = Plan(self, segments, batched)
-        return self.plans[key]
+        found = self.plans.get(key)
+        if found is None:
+            with _building:
+                while len(self.plans) >= PLANS_KEPT:
+                    del self.plans[next(iter(self.plans))]
+                found = self.plans.setdefault(key, Plan(self, segments, batched))
+        return found
 
-    # Stacks are a second view of the same storage, so whatever copies or moves the leaves ends them.
+    # Stacks are a second view of the same storage, so whatever copies or moves the leaves ends them: `.to`, a copy,
+    # another bank that holds the same delta, `load_state_dict(assign=True)`.
 
     def _apply(self, fn: Any, recurse: bool = True) -> Bank:
         self._unstack()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         self._unstack()
-        return {**self.__dict__, "plans": {}, "stacks": {}}
+        return {**self.__dict__, "plans": {}, "stacks": {}, "watched": {}}
 
     def _unstack(self) -> None:
         if self.stacks:
@@ -125,7 +136,7 @@ class Bank(nn.Module):
         """Return the parameters of a run's layers with a leading axis `deltas`, in the dtype of the computation."""
         layers = run.layers
         grad = torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters())
-        key = (id(run), dtype)
+        key = (run, dtype)
         if not grad and key in call.gathered:
             kept: Params = call.gathered[key]
             return kept
@@ -136,8 +147,9 @@ class Bank(nn.Module):
                 stack = self._stack(place, layers[0])
                 run.stacked.extend((stack, stack.rows(layers)))
             stack, rows = run.stacked
+            read: Callable[..., Tensor] = _Stacked.apply
             tensors = {
-                name: _Stacked.apply(values, rows, dtype, *(layer.get_parameter(name) for layer in layers))
+                name: read(values, rows, dtype, *(layer.get_parameter(name) for layer in layers))
                 if grad
                 else values[rows].to(dtype)
                 for name, values in stack.tensors.items()
@@ -150,10 +162,24 @@ class Bank(nn.Module):
     def _stack(self, place: Place, like: Layer) -> Stack:
         kind = like.kind()
         key = (place, kind)
-        if key not in self.stacks:
-            same = [layer for found in self.places[place].values() for layer in found if layer.kind() == kind]
-            self.stacks[key] = Stack(same)
-        return self.stacks[key]
+        stack = self.stacks.get(key)
+        if stack is None:
+            with _building:
+                stack = self.stacks.get(key)
+                if stack is None:
+                    stack = self._build(place, kind)
+                    self.stacks[key] = stack
+        return stack
+
+    def _build(self, place: Place, kind: tuple[Any, ...]) -> Stack:
+        same = [
+            (delta, layer) for delta, found in self.places[place].items() for layer in found if layer.kind() == kind
+        ]
+        stack = Stack([layer for _, layer in same])
+        for delta, layer in same:
+            name = next(layer.names())
+            self.watched.setdefault(delta, (layer._parameters, name, layer.get_parameter(name).data_ptr()))
+        return stack
 
     def execute(self, call: Call, site: Site, port: str, x: Tensor | None, h: Tensor) -> Tensor:
         """Run all layers of the call at one place and return the new tensor.

@@ -50,8 +50,9 @@ class Draw:
 class Call:
     """Routing of one forward: rows of dimension 0 -> deltas of `bank`.
 
-    `segments` cover the rows in the order `order` (None: as they stand). `expand` is how many times generation may repeat
-    each row (beams, returned sequences). `draws` keys the dropout of each segment; None draws from torch's generator.
+    `segments` cover the rows in the order `order` (None: as they stand). `expand` is how many times generation may
+    repeat each row (beams, returned sequences). `draws` keys the dropout of each segment; None draws from torch's
+    generator.
     """
 
     bank: Bank

@@ -67,8 +67,8 @@ class Layer(nn.Module):
     def forward(self, p: Params, x: Tensor | None, h: Tensor) -> Tensor:
         """Return the new tensor at the site.
 
-        x [deltas, positions, d_in] at the entry of the span (None unless `reads_input`), h [deltas, positions, d_out] at
-        its exit (for an input port, h is the entry itself). The result has the shape of h.
+        x [deltas, positions, d_in] at the entry of the span (None unless `reads_input`), h [deltas, positions, d_out]
+        at its exit (for an input port, h is the entry itself). The result has the shape of h.
         """
         raise NotImplementedError
 

@@ -42,9 +42,10 @@ class Plan:
 
     def rounds(self, place: Place) -> tuple[tuple[Run, ...], ...]:
         """Return the rounds at a place: in round j every delta's j-th layer there acts."""
-        if place not in self._rounds:
-            self._rounds[place] = tuple(self._build(place))
-        return self._rounds[place]
+        found = self._rounds.get(place)
+        if found is None:  # of two threads that build it at a time, one wins
+            found = self._rounds.setdefault(place, tuple(self._build(place)))
+        return found
 
     def _build(self, place: Place) -> list[tuple[Run, ...]]:
         layers = self._bank.layers_at(place)

@@ -49,8 +49,8 @@ class Inserted:
 def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generating: bool = False) -> Inserted | None:
     """Put the call's tokens into `inputs` (changed in place); None if no row has any.
 
-    Rows may have different numbers of tokens: what a row lacks is masked, and its positions do not move. RoutingError if
-    the inputs hold no token ids, or if a row gets longer than the backbone's positions.
+    Rows may have different numbers of tokens: what a row lacks is masked, and its positions do not move. RoutingError
+    if the inputs hold no token ids, or if a row gets longer than the backbone's positions.
     """
     found = _tokens(call, backbone)
     if found is None:
@@ -60,7 +60,7 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
     if ids is None and embeds is None:
         raise RoutingError("a prompt needs input_ids or inputs_embeds, given by name")
     if embeds is None:
-        embeds = backbone.module.get_input_embeddings()(ids)
+        embeds = backbone.embeddings(ids)
     rows, length = embeds.shape[:2]
     at = 1 if backbone.kind == "encoder" else 0
     call.gathered["inserted"] = (at, own)
@@ -93,7 +93,7 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
 
 
 def _tokens(call: Call, backbone: Backbone) -> tuple[Tensor, Tensor, list[int]] | None:
-    """Return tokens [rows, most, width], filled from the right, which are real [rows, most], and how many by segment."""
+    """Return tokens [rows, most, width], filled from the right, which are real, and how many by segment."""
     site = next((s for s in backbone.anatomy.sites if s.name == "embed"), None)
     rounds = call.plan.rounds((site.key, "tokens")) if site is not None else ()
     if site is None or not rounds:
@@ -132,7 +132,7 @@ def _positions(
         base = given.expand(rows, length)
     else:
         base = torch.arange(length, device=embeds.device).expand(rows, length)
-        embeddings = getattr(getattr(backbone.module, "base_model", None), "embeddings", None)
+        embeddings: Any = getattr(getattr(backbone.module, "base_model", None), "embeddings", None)
         if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa counts from after the padding index
             padding = int(embeddings.padding_idx)
             base = base + padding + 1

@@ -107,13 +107,13 @@ class Engine:
             job.losses.append(value)
             total = loss if total is None else total + loss
         if total is not None and total.requires_grad:
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
 
     def losses(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> list[Tensor]:
         """Return the loss of each job on its own batch, from one run of the backbone."""
         length = max(batch.length for batch in batches)
         together = collate([e for batch in batches for e in batch.examples], self.backbone, length)
-        hidden = self.adapted.encode(call=self.call(jobs, batches), **together.inputs)
+        hidden = self.adapted.encode(together.inputs, call=self.call(jobs, batches))
         found, start = [], 0
         for job, batch in zip(jobs, batches, strict=True):
             stop = start + len(batch.examples)

@@ -35,7 +35,7 @@ def estimate(engine: Engine) -> Estimate:
         seen += sum(b.inputs["input_ids"].numel() for b in batches)
         losses = engine.losses(group, batches)
         if any(loss.requires_grad for loss in losses):
-            sum(losses[1:], losses[0]).backward()  # type: ignore[no-untyped-call]
+            sum(losses[1:], losses[0]).backward()
         for job in group:
             job.optimiser.zero_grad()
     spent = time.perf_counter() - started
@@ -56,7 +56,7 @@ def _tokens(job: Job) -> int:
 
 
 def _memory(engine: Engine) -> int:
-    """Weights, four copies of what is trained (value, gradient, two moments) and the best, and one batch's activations."""
+    """Weights; five copies of what is trained (value, gradient, two moments, best); one batch's activations."""
     backbone = engine.backbone
     size = backbone.dtype.itemsize
     trained = sum(p.numel() for job in engine.jobs for p in job.parameters())

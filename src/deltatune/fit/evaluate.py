@@ -39,8 +39,9 @@ def predict_many(
 ) -> list[Predictions]:
     """Predict the same rows with several deltas: each batch of rows runs once for all of them."""
     source = adapted.source
-    if isinstance(members[0][1], Generation):
-        return [_generate(adapted, delta, head, rows, limit) for delta, head in members]
+    writers = [(delta, head) for delta, head in members if isinstance(head, Generation)]
+    if writers:
+        return [_generate(adapted, delta, head, rows, limit) for delta, head in writers]
     examples = members[0][1].encode(rows, source, limit)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     values: list[list[Any]] = [[None] * len(rows) for _ in members]
@@ -67,14 +68,16 @@ def _hidden(adapted: Adapted, names: Sequence[str | None], inputs: dict[str, tor
     rows = len(inputs["input_ids"])
     heavy = {name for name in names if name is not None and _changes_weights(adapted.bank[name])}
     found: dict[str | None, torch.Tensor] = {}
-    light = list(dict.fromkeys(name for name in names if name not in heavy))
-    for group in [light, *([name] for name in heavy)]:
+    light: list[str | None] = list(dict.fromkeys(name for name in names if name not in heavy))
+    groups: list[list[str | None]] = [light]
+    groups += [[name] for name in heavy]
+    for group in groups:
         if not group:
             continue
         segments = tuple(Segment(name, rows) for name in group)
         call = adapted.routed(segments)
         repeated = {key: value.repeat(len(group), 1) for key, value in inputs.items()}
-        hidden = adapted.encode(call=call, **repeated)
+        hidden = adapted.encode(repeated, call=call)
         found.update(zip(group, hidden.split(rows), strict=True))
     return [found[name] for name in names]
 

@@ -63,8 +63,9 @@ def fit_plans(
 ) -> list[Trained]:
     """Train all plans together on one backbone and return them in the same order.
 
-    With a folder the state is kept in `folder/.checkpoint`, and a fit that was stopped goes on from there. The test split
-    is opened once, at the end, if `open_test`. `announce` hears the estimate before the first step; `dry_run` ends there.
+    With a folder the state is kept in `folder/.checkpoint`, and a fit that was stopped goes on from there. The test
+    split is opened once, at the end, if `open_test`. `announce` hears the estimate before the first step; `dry_run`
+    ends there.
     """
     if not plans:
         raise UserError("nothing to fit: no delta and no task was given")
@@ -117,11 +118,7 @@ def finish(engine: Engine, jobs: Sequence[Job], *, open_test: bool) -> list[Trai
         live = [job for job in group if job.state != "nan" or job.best]
         made = {split: _predicted(engine, live, split) for split in (("dev", "test") if open_test else ("dev",))}
         for job in group:
-            metrics = {
-                split: {task.metric: score(task.metric, p[job.name].values, references(task.kind, task_rows(task, split)), task.labels)}
-                for split, p in made.items()
-                if job.name in p
-            }  # fmt: skip
+            metrics = {split: scored(task, split, p[job.name].values) for split, p in made.items() if job.name in p}
             found[job.name] = Trained(
                 job.plan,
                 job.delta,
@@ -178,16 +175,15 @@ def majority_scores(task: Task, *, open_test: bool = True) -> dict[str, dict[str
     """Scores of the best constant prediction."""
     guess = majority(task)
     return {
-        split: {
-            task.metric: score(
-                task.metric,
-                constant(guess, task, task_rows(task, split)),
-                references(task.kind, task_rows(task, split)),
-                task.labels,
-            )
-        }
+        split: scored(task, split, constant(guess, task, task_rows(task, split)))
         for split in (("dev", "test") if open_test else ("dev",))
     }
+
+
+def scored(task: Task, split: str, predictions: Sequence[Any]) -> dict[str, float]:
+    """Score predictions of a whole split: {metric: value}."""
+    gold = references(task.kind, task_rows(task, split))
+    return {task.metric: score(task.metric, predictions, gold, task.labels)}
 
 
 def settings_of(delta: Delta) -> dict[str, Any]:

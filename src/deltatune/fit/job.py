@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -176,7 +175,7 @@ def room(spec: Spec, backbone: Backbone) -> int:
 
 
 def optimiser(plan: Plan, delta: Delta, head: TaskHead) -> torch.optim.Optimizer:
-    """AdamW with one group for the delta and one for the head; the head of a weak delta still learns at its own rate."""
+    """AdamW with a group for the delta and one for the head, which keeps its own rate whatever the delta's is."""
     head_lr = plan.settings.head_lr if plan.settings.head_lr is not None else HEAD_LR
     if not len(delta.layers):
         head_lr = plan.lr

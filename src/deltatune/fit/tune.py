@@ -134,8 +134,8 @@ def tune(
     """Find the delta to take for a task.
 
     All candidates train together from one seed; after each rung the best third on dev goes on. The best two and the
-    head-only baseline are then trained from the other seeds, the choice is made on the mean dev score, and the test split
-    is opened once. With a folder a stopped run is resumed.
+    head-only baseline are then trained from the other seeds, the choice is made on the mean dev score, and the test
+    split is opened once. With a folder a stopped run is resumed.
     """
     started = time.monotonic()
     settings = settings or Settings()

@@ -1,4 +1,4 @@
-"""Heads that speak: a language model writes the answer, or picks a label's word. They have no parameters of their own."""
+"""Heads that speak: a language model writes the answer, or picks a label's word. They have no parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHUNK = 1024  # positions scored at a time: logits over a large vocabulary are t
 
 
 def _wanted(backbone: Backbone, kind: str) -> None:
-    if backbone.kind != "decoder" or backbone.module.get_output_embeddings() is None:  # type: ignore[operator]
+    if backbone.kind != "decoder" or backbone.output is None:
         raise TaskError(f"a {kind} task needs a language model such as smollm2; {backbone.name} writes no text")
 
 
@@ -83,7 +83,8 @@ class Generation(TaskHead):
         rows, columns = (torch.tensor(index, device=hidden.device) for index in zip(*where, strict=True))
         target = torch.tensor([batch.examples[row].target[at] for row, at in where], device=hidden.device)
         states = hidden[rows, columns]
-        output = backbone.module.get_output_embeddings()  # type: ignore[operator]
+        output = backbone.output
+        assert output is not None
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(states), CHUNK):
             logits = output(states[start : start + CHUNK]).float()
@@ -143,7 +144,8 @@ class Verbalized(TaskHead):
         mask = batch.inputs["attention_mask"]
         last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
         states = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        output = backbone.module.get_output_embeddings()  # type: ignore[operator]
+        output = backbone.output
+        assert output is not None
         rows = torch.tensor(self.word_ids(backbone), device=hidden.device)
         bias = output.bias[rows] if getattr(output, "bias", None) is not None else None
         return nn.functional.linear(states, output.weight[rows], bias).float()

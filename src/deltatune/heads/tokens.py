@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Row, Task
 from deltatune.delta.delta import generator
-from deltatune.heads.base import Batch, Example, TaskHead, processor_of, linear
+from deltatune.heads.base import Batch, Example, TaskHead, linear, processor_of
 
 
 class TokenClassification(TaskHead):

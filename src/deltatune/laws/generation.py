@@ -18,7 +18,6 @@ MODES: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3},
     "returned beams": {"num_beams": 3, "num_return_sequences": 2},
     "no repeated pair": {"no_repeat_ngram_size": 2},
-    "penalty": {"repetition_penalty": 1.7},
     "total length": {"max_new_tokens": None, "max_length": 14},
 }
 ROUTE = ("one", "lora", "two", None, "prefix", "one")

@@ -189,7 +189,8 @@ def _examples(task: Task, trained: Sequence[Trained], labels: Sequence[str]) -> 
 
 
 def rivals_of(result: dict[str, Any], trained: Sequence[Trained]) -> tuple[list[str], list[str]]:
-    """Names, baselines included, that per-example dev scores do not tell apart from the chosen at 95 %, and better ones.
+    """Names, baselines included, that per-example dev scores do not tell apart from the chosen at 95 %, and better
+    ones.
 
     Scores of an example are averaged over seeds; metrics that are no mean over examples are compared by exact match of
     whole rows.
@@ -248,8 +249,8 @@ def sentence(result: dict[str, Any], trained: Sequence[Trained]) -> str:
     if better:
         apart += f" Better on dev, and no candidate of the choice: {', '.join(better)}."
     return (
-        f"Take {row['delta']}: {_points(score['mean'])} % {metric} on {split}{spread}, with {row['trainable']:,} trained "
-        f"parameters ({share:.2%} of {result['backbone']['name']}) in {row['bytes'] / 1e6:.2g} MB; "
+        f"Take {row['delta']}: {_points(score['mean'])} % {metric} on {split}{spread}, with {row['trainable']:,} "
+        f"trained parameters ({share:.2%} of {result['backbone']['name']}) in {row['bytes'] / 1e6:.2g} MB; "
         f"beside it, {', '.join(beside)}. {apart}"
     )
 

@@ -126,7 +126,7 @@ def fit_many(
     labelled = [(str(d), parse(d) if isinstance(d, str) else d, load_task(t)) for d, t in pairs]
     plans = [Plan(s, t, seed, make_settings(**settings), label) for label, s, t in labelled for seed in _seeds(seeds)]
     runs = run_plans(load(model), plans, out=Path(out) if out else None, command="dt.fit_many(...)")
-    print(runs)
+    print(runs)  # noqa: T201 (the notebook's and the script's answer)
     return runs
 
 

@@ -16,8 +16,8 @@ from deltatune.delta.method import Family, Method
 class Adapter(Method):
     """Put a small bottleneck network after each sub-layer, before its residual.
 
-    h <- h + U gelu(D h + b) + c, with D [m, d] and U [d, m]. Parameters: 2 d m + d + m a site. At inference it costs two
-    thin products a site and cannot be merged. Start: D normal, U zero (the identity). Source: Houlsby et al. 2019,
+    h <- h + U gelu(D h + b) + c, with D [m, d] and U [d, m]. Parameters: 2 d m + d + m a site. At inference it costs
+    two thin products a site and cannot be merged. Start: D normal, U zero (the identity). Source: Houlsby et al. 2019,
     Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751; there U starts near zero.
     """
 

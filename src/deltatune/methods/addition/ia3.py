@@ -16,8 +16,8 @@ from deltatune.delta.method import Family, Method
 class IA3(Method):
     """Scale keys, values and the inner activations of the feed-forward element by element.
 
-    K <- l_k * K, V <- l_v * V, and W_down gets l_ff * x for its input x. Parameters: d_k + d_v + d_ff a block. At inference
-    it can be merged and then costs nothing. Start: ones (the identity). Source: Liu et al. 2022, Few-Shot
+    K <- l_k * K, V <- l_v * V, and W_down gets l_ff * x for its input x. Parameters: d_k + d_v + d_ff a block. At
+    inference it can be merged and then costs nothing. Start: ones (the identity). Source: Liu et al. 2022, Few-Shot
     Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv:2205.05638.
     """
 

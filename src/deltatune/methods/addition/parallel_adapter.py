@@ -16,10 +16,10 @@ from deltatune.delta.method import Family, Method
 class ParallelAdapter(Method):
     """Put a small bottleneck network beside a sub-layer: it reads what the sub-layer reads.
 
-    h <- h + s U relu(D x + b) + c, with x the input of the sub-layer, D [m, d] and U [d, m]. Parameters: 2 d m + d + m a
-    site. At inference it costs two thin products a site and cannot be merged. Start: D normal, U zero (the identity).
-    Source: He et al. 2022, Towards a Unified View of Parameter-Efficient Transfer Learning, arXiv:2110.04366 (the scaled
-    parallel adapter; s = 4 there).
+    h <- h + s U relu(D x + b) + c, with x the input of the sub-layer, D [m, d] and U [d, m]. Parameters: 2 d m + d + m
+    a site. At inference it costs two thin products a site and cannot be merged. Start: D normal, U zero (the identity).
+    Source: He et al. 2022, Towards a Unified View of Parameter-Efficient Transfer Learning, arXiv:2110.04366 (the
+    scaled parallel adapter; s = 4 there).
     """
 
     family: ClassVar[Family] = "addition"

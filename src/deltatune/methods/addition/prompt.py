@@ -17,8 +17,8 @@ from deltatune.delta.method import Family, Method
 class Prompt(Method):
     """Put n trained vectors among the input's embeddings.
 
-    E(x) <- [P; E(x)], with P [n, d]; BERT-likes get P after their first token. Parameters: n d. At inference every row is
-    n tokens longer; it cannot be merged. Start: embeddings of tokens drawn from the vocabulary; not the identity. It
+    E(x) <- [P; E(x)], with P [n, d]; BERT-likes get P after their first token. Parameters: n d. At inference every row
+    is n tokens longer; it cannot be merged. Start: embeddings of tokens drawn from the vocabulary; not the identity. It
     needs many steps and a high rate, and is weak on small models. Source: Lester et al. 2021, The Power of Scale for
     Parameter-Efficient Prompt Tuning, arXiv:2104.08691.
     """
@@ -34,7 +34,7 @@ class Prompt(Method):
         return PromptLayer(site, self.n)
 
     def initialise(self, layer: Layer, site: Site, backbone: Backbone, generator: torch.Generator) -> None:
-        table = backbone.module.get_input_embeddings().weight
+        table = backbone.embeddings.weight
         rows = torch.randint(len(table), (self.n,), generator=generator)
         with torch.no_grad():
             layer.get_parameter("prompt").copy_(table[rows.to(table.device)])

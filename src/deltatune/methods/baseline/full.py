@@ -15,8 +15,8 @@ from deltatune.delta.method import Family, Method
 class Full(Method):
     """Train all weights, written as a change of each: W <- W + D.
 
-    Parameters: all of the trunk. It costs a copy of the network for each delta, and the rows of a call cannot mix it with
-    others. Start: zero (the identity). Source: ordinary fine-tuning, Howard and Ruder 2018, arXiv:1801.06146.
+    Parameters: all of the trunk. It costs a copy of the network for each delta, and the rows of a call cannot mix it
+    with others. Start: zero (the identity). Source: ordinary fine-tuning, Howard and Ruder 2018, arXiv:1801.06146.
     """
 
     family: ClassVar[Family] = "baseline"

@@ -1,0 +1,58 @@
+"""Regenerate the tables of README.md and docs/ that come from the code or from stored measurements.
+
+Run as: .venv/bin/python docs/generate.py [--check]
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from deltatune.backbone.load import load
+from deltatune.delta.catalogue import catalogue
+from deltatune.delta.delta import Delta
+
+ROOT = Path(__file__).parents[1]
+
+
+def methods_table() -> str:
+    """The methods with their parameters on minilm and their default rates."""
+    backbone = load("minilm")
+    lines = ["| name | what | parameters on minilm | default rate | source |", "|---|---|---:|---:|---|"]
+    for name, cls in catalogue().items():
+        what = (cls.__doc__ or "").strip().splitlines()[0].rstrip(".")
+        size = Delta.build(cls(), backbone).trainable()
+        lines.append(f"| `{name}` | {what} | {size:,} | {cls.lr:g} | {cls.paper} |")
+    return "\n".join(lines)
+
+
+BLOCKS = {"methods": methods_table}
+
+
+def fill(text: str) -> str:
+    """Replace every generated block of a page."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{BLOCKS[match[2]]()}\n{match[4]}"
+
+    return re.sub(r"(<!-- generated: (\w+) -->)\n(.*?)(<!-- end -->)", block, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Write the pages, or with --check say which are out of date."""
+    stale = []
+    for page in (ROOT / "README.md",):
+        old = page.read_text()
+        new = fill(old)
+        if new != old:
+            stale.append(page.name)
+            if "--check" not in sys.argv:
+                page.write_text(new)
+    if stale:
+        print(("out of date: " if "--check" in sys.argv else "written: ") + ", ".join(stale))
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""`deltatune doctor`: why a delta has no effect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltatune.cli.options import AsJson, Folder, OtherBackbone
+from deltatune.cli.output import plain, say, table
+
+EXAMPLE = "deltatune doctor best/"
+
+
+def doctor(folder: Folder, backbone: OtherBackbone = None, as_json: AsJson = False) -> None:
+    """Look for reasons why a saved delta has no effect, or a bad one, and say what to do about each.
+
+    The exit status is 0 whatever is found: read the findings, or "healthy" of --json. It is 2 if there is no delta to
+    look at.
+    """
+    from deltatune.cli.diagnosis import SENTENCES, diagnose
+    from deltatune.cli.saved import read
+    from deltatune.studies.formatting import magnitude
+
+    delta = read(folder)
+    found = diagnose(delta, backbone)
+    norms = delta.norms()
+    sites = [{"site": key, "norm": norm, "effect": found.at_sites.get(key)} for key, norm in norms.items()]
+    answer = {
+        "delta": str(folder),
+        "backbone": backbone or delta.backbone_name,
+        "healthy": not found.findings,
+        "findings": [{"code": one.code, "what": one.what, "fix": one.fix} for one in found.findings],
+        "effect": {"largest": found.largest, "relative": found.relative},
+        "sites": sites,
+    }
+    shown: list[Any] = [f"{folder}: {one.what}\n  → {one.fix}" for one in found.findings]
+    if not found.findings:
+        shown.append(f"{folder}: healthy")
+    if found.largest is not None and found.relative is not None:
+        shown.append(
+            f"On {len(SENTENCES)} sentences it changes the hidden states by {100 * found.relative:.3g} % of their norm, one "
+            f"value by up to {found.largest:.3g}."
+        )
+    if sites:
+        listed = table("site", "norm of the delta", "effect there", right=("norm of the delta", "effect there"))
+        for one in sites:
+            listed.add_row(one["site"], magnitude(plain(one["norm"])), magnitude(plain(one["effect"])))
+        shown.append(listed)
+    say(answer, as_json, *shown)
