@@ -33,7 +33,7 @@ def test_paired_interval_is_of_the_differences():
     a, b = [0.9, 0.5, 0.7], [0.8, 0.4, 0.6]
     assert paired_interval(a, b) == pytest.approx((0.1, 0.1, 0.1))
     assert paired_interval(a, b)[0] == pytest.approx(-paired_interval(b, a)[0])
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="paired scores: got"):
         paired_interval(a, b[:2])
 
 

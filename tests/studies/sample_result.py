@@ -7,7 +7,7 @@ import random
 import statistics
 from typing import Any
 
-from deltatune.studies.statistics import t_interval
+from deltatune.data.intervals import interval
 
 BACKBONE = 22_713_216
 # delta, trained parameters, level it reaches on dev, seconds of one training, learning rate, baseline
@@ -160,8 +160,8 @@ def _summary(runs: list[dict[str, Any]], delta: tuple[Any, ...], seeds: int, met
     test = [run["metrics"]["test"][metric] for run in mine if "test" in run["metrics"]]
     return {
         "delta": delta[0], "trainable": delta[1], "seeds": seeds,
-        "dev": t_interval([run["metrics"]["dev"][metric] for run in mine])._asdict(),
-        "test": t_interval(test)._asdict() if test else None,
+        "dev": interval([run["metrics"]["dev"][metric] for run in mine])._asdict(),
+        "test": interval(test)._asdict() if test else None,
         "seconds": statistics.mean(run["seconds"] for run in mine), "bytes": mine[0]["bytes"], "baseline": delta[5],
     }  # fmt: skip
 

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from tests.studies.sample_result import make_result
 
+from deltatune.data.intervals import paired_interval
 from deltatune.studies import formatting
 from deltatune.studies.comparison import gain, ordered, shown_split
 from deltatune.studies.formatting import Scale, scale_of
 from deltatune.studies.schema import check_result
-from deltatune.studies.statistics import paired_interval
 from deltatune.studies.table import summary_table
 
 

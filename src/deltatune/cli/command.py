@@ -16,7 +16,7 @@ from deltatune.errors import UnknownName
 
 @dataclass(frozen=True)
 class Invocation:
-    """What was typed, as it can be pasted into a shell, and how faults are to be shown."""
+    """What was typed, as it can be pasted into a shell."""
 
     command: str
 
@@ -31,11 +31,13 @@ class VerbGroup(TyperGroup):
 
 
 class VerbCommand(TyperCommand):
-    """One verb. `--task A B` means `--task A --task B` for an option that may be repeated."""
+    """One verb. In a verb without arguments of its own, `--task A B` means `--task A --task B`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        several = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
-        return super().parse_args(ctx, spread(args, several))
+        if all(p.param_type_name == "option" for p in self.params):
+            several = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
+            args = spread(args, several)
+        return super().parse_args(ctx, args)
 
 
 def spread(words: list[str], several: set[str]) -> list[str]:

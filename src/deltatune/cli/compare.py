@@ -44,7 +44,7 @@ def compare(
     a, b = ready(first, backbone, known), ready(second, backbone, known)
     if metric is None and a.task["metric"] != b.task["metric"]:
         raise UserError(
-            f"{first} was fitted for {a.task['metric']}, {second} for {b.task['metric']}; say which one counts with --metric"
+            f"{first} was fitted for {a.task['metric']}, {second} for {b.task['metric']}; say which with --metric"
         )
     loaded = task_for(a, task, columns_of(columns), metric, limit)
     task_for(b, task, columns_of(columns), metric, limit)
@@ -132,10 +132,8 @@ def _shown(result: dict[str, Any]) -> Sequence[RenderableType]:
     ]
     if not result["examples"]:
         return [*lines, "They give the same answer on every row."]
-    rows = table(
-        "row", "gold", "A", "B", "input", right=("row",), title=f"{len(result['examples'])} of {counts['different_answers']:,} "
-        f"rows with different answers",
-    )  # fmt: skip
+    title = f"{len(result['examples'])} of {counts['different_answers']:,} rows with different answers"
+    rows = table("row", "gold", "A", "B", "input", right=("row",), title=title)
     for one in result["examples"]:
         rows.add_row(str(one["row"]), one["gold"], one["a"], one["b"], cut(one["input"], LONGEST))
     return [*lines, rows]

@@ -33,12 +33,15 @@ def demo(
     context: typer.Context,
     task: Annotated[
         str | None,
-        typer.Option("--task", metavar="TASK", autocompletion=task_names, help="Your own file instead of the built-in task."),
+        typer.Option(
+            "--task", metavar="TASK", autocompletion=task_names, help="Your own file instead of the built-in task."
+        ),
     ] = None,
     columns: Columns = None,
     backbone: BackboneName = "minilm",
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FOLDER", help="Where to save; left out: runs/demo, or runs/demo-2, ...")
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Where to save; left out: runs/demo, or runs/demo-2, ..."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -100,10 +103,15 @@ def _one_changing_line() -> Iterator[Callable[[str], None]]:
 def _predictions(rows: Sequence[dict[str, Any]]) -> Table:
     from deltatune.studies.formatting import cut
 
-    made = table("predicted", "confidence", "right answer", "input", right=("confidence",), title="Three of the test rows")
+    made = table(
+        "predicted", "confidence", "right answer", "input", right=("confidence",), title="Three of the test rows"
+    )
     for row in rows:
         made.add_row(
-            _text(row["predicted"]), f"{row['confidence']:.3f}", _text(row["gold"]), cut(" ".join(row["input"].split()), LONGEST)
+            _text(row["predicted"]),
+            f"{row['confidence']:.3f}",
+            _text(row["gold"]),
+            cut(" ".join(row["input"].split()), LONGEST),
         )
     return made
 

@@ -1,7 +1,8 @@
-"""What can be wrong with a saved delta that seems to do nothing: each check looks at one thing and says how to mend it."""
+"""What can be wrong with a saved delta that seems to do nothing: each check looks at one thing and says the fix."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -239,10 +240,10 @@ def _judge(found: Diagnosis, watched: list[str]) -> None:
     if idle:
         found.add(
             "never-routed",
-            f"{len(idle)} of its {len(watched)} layers never ran, the first at {idle[0]}: it lies behind what the head reads",
+            f"{len(idle)} of its {len(watched)} layers never ran, the first at {idle[0]}: behind what the head reads",
             "choose sites before the last hidden states; on an encoder-decoder, in the encoder",
         )
-    if not found.relative == found.relative or found.largest == float("inf"):
+    if not math.isfinite(found.largest):
         found.add("overflow", "hidden states under it are no numbers", "fit it again with a lower --lr")
     elif found.largest == 0.0 and not found.has("at-identity"):
         found.add(

@@ -23,26 +23,25 @@ def doctor(folder: Folder, backbone: OtherBackbone = None, as_json: AsJson = Fal
     delta = read(folder)
     found = diagnose(delta, backbone)
     norms = delta.norms()
-    sites = [{"site": key, "norm": norm, "effect": found.at_sites.get(key)} for key, norm in norms.items()]
     answer = {
         "delta": str(folder),
         "backbone": backbone or delta.backbone_name,
         "healthy": not found.findings,
         "findings": [{"code": one.code, "what": one.what, "fix": one.fix} for one in found.findings],
         "effect": {"largest": found.largest, "relative": found.relative},
-        "sites": sites,
+        "sites": [{"site": key, "norm": norms[key], "effect": found.at_sites.get(key)} for key in norms],
     }
     shown: list[Any] = [f"{folder}: {one.what}\n  → {one.fix}" for one in found.findings]
     if not found.findings:
         shown.append(f"{folder}: healthy")
     if found.largest is not None and found.relative is not None:
         shown.append(
-            f"On {len(SENTENCES)} sentences it changes the hidden states by {100 * found.relative:.3g} % of their norm, one "
-            f"value by up to {found.largest:.3g}."
+            f"On {len(SENTENCES)} sentences it changes the hidden states by {100 * found.relative:.3g} % of their "
+            f"norm, one value by up to {found.largest:.3g}."
         )
-    if sites:
+    if norms:
         listed = table("site", "norm of the delta", "effect there", right=("norm of the delta", "effect there"))
-        for one in sites:
-            listed.add_row(one["site"], magnitude(plain(one["norm"])), magnitude(plain(one["effect"])))
+        for key, norm in norms.items():
+            listed.add_row(key, magnitude(plain(norm)), magnitude(plain(found.at_sites.get(key))))
         shown.append(listed)
     say(answer, as_json, *shown)

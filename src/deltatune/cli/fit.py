@@ -21,13 +21,18 @@ def fit(
     task: Annotated[
         list[str],
         typer.Option(
-            "--task", metavar="TASK...", show_default=False, autocompletion=task_names,
+            "--task",
+            metavar="TASK...",
+            show_default=False,
+            autocompletion=task_names,
             help="Files (csv, tsv, jsonl, json, parquet), folders of splits, hf:NAME, or embedded tasks.",
         ),
     ],
     delta: Annotated[
         list[str],
-        typer.Option("--delta", metavar="DELTA...", show_default=False, help='Such as lora or "adapter(m=16) | bitfit".'),
+        typer.Option(
+            "--delta", metavar="DELTA...", show_default=False, help='Such as lora or "adapter(m=16) | bitfit".'
+        ),
     ],
     backbone: BackboneName = "minilm",
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Train from so many seeds: 0, 1, ...")] = 1,
@@ -36,7 +41,9 @@ def fit(
     ] = None,
     columns: Columns = None,
     limit: Limit = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate; left out: each method's measured default.")] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Learning rate; left out: each method's measured default.")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps, instead of epochs.")] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the training rows.")] = None,
     batch: Annotated[int | None, typer.Option("--batch", help="Rows in a step.")] = None,
@@ -52,8 +59,8 @@ def fit(
 ) -> None:
     """Train every delta on every task from every seed, all in one pass over one backbone.
 
-    One run lands in OUT, several in OUT/TASK/DELTA/SEED with OUT/runs.json. A run that was stopped goes on when the same
-    command is given again.
+    One run lands in OUT, several in OUT/TASK/DELTA/SEED with OUT/runs.json. A run that was stopped goes on when the
+    same command is given again.
     """
     from deltatune.backbone.load import load
     from deltatune.compose.expression import parse

@@ -53,7 +53,7 @@ def described(cls: type[Method], backbone: Backbone) -> dict[str, Any]:
     from deltatune.errors import SiteError
 
     try:
-        delta = Delta.build(cls(), backbone)  # type: ignore[call-arg]
+        delta = Delta.build(cls(), backbone)
     except SiteError:
         delta = None
     layers = [layer for _, layer in delta.at_sites()] if delta is not None else []
@@ -148,6 +148,7 @@ def _page(one: dict[str, Any], backbone: str) -> list[Any]:
         "",
         one["doc"] or "",
         "",
-        f"default learning rate {one['lr']:g}; {_count(one['trainable'])} parameters on {backbone}; {_words(one['facts'])}",
+        f"Default learning rate {one['lr']:g}, {_count(one['trainable'])} parameters on {backbone}.",
+        f"Declared: {_words(one['facts']) or 'nothing of note'}.",
         fields,
     ]

@@ -102,10 +102,9 @@ class Progress:
             going = [job for job in jobs if job.active]
             # All deltas take their steps side by side: one with half the steps to go ends in half the time.
             ahead = max((job.steps - job.step for job in going), default=0)
-            made.add_row(
-                label, str(len(jobs)), f"{min(job.step for job in jobs)}/{jobs[0].steps}", number(mean(map(loss, jobs))),
-                number(mean(map(last_dev, jobs))), number(mean(map(best_dev, jobs))), rate(jobs), state(jobs, whole, ahead / longest),
-            )  # fmt: skip
+            step = f"{min(job.step for job in jobs)}/{jobs[0].steps}"
+            means = (number(mean(map(value, jobs))) for value in (loss, last_dev, best_dev))
+            made.add_row(label, str(len(jobs)), step, *means, rate(jobs), state(jobs, whole, ahead / longest))
         return made
 
     def line(self) -> str:

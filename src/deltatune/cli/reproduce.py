@@ -45,8 +45,8 @@ def reproduce(
         raise UserError("`deltatune reproduce` needs a SYSTEM, or --list, which names them")
     # No recipe can be run yet: this says so in the words of the ledger, which computes the state.
     raise UserError(
-        f"{system}: {rows[0]['state']}, so there is nothing to run; its {len(rows[0]['claims'])} claims and their criteria "
-        f"are in `deltatune reproduce {system} --list --json`"
+        f"{system}: {rows[0]['state']}, so there is nothing to run; its {len(rows[0]['claims'])} claims and their "
+        f"criteria are in `deltatune reproduce {system} --list --json`"
     )
 
 

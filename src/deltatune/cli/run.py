@@ -42,7 +42,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         note(f"error: {error}")
         return error.exit_status
     except typer.TyperException as error:
-        note(f"error: {_usage(error)}")
+        note(f"error: {_usage(error, words)}")
         return error.exit_code
     except BrokenPipeError:
         # The reader of a pipe went away (`| head`): stop quietly, and keep Python from flushing into it at exit.
@@ -93,15 +93,23 @@ def _pointed(error: DeltaExpressionError) -> str:
     return f"{text}\n{' ' * (len('error: ') + error.position)}^ {one_line(error.reason)}"
 
 
-def _usage(error: typer.TyperException) -> str:
-    """Say a mistake in the words of a command line in one line, with the nearest options and an example."""
+def _usage(error: typer.TyperException, words: Sequence[str]) -> str:
+    """Say a mistake in the words of a command line in one line: got, expected, nearest options, where to look."""
     context: Any = getattr(error, "ctx", None)
     verb = context.command_path if context is not None else "deltatune"
-    option = getattr(error, "option_name", None)
-    if option is not None and context is not None and type(error).__name__ == "NoSuchOption":
+    help_at = f"`{verb} --help` shows an example"
+    option, param = getattr(error, "option_name", None), getattr(error, "param", None)
+    if type(error).__name__ == "NoSuchOption" and context is not None:
         names = [name for p in context.command.get_params(context) for name in p.opts if name.startswith("--")]
-        return f"unknown option {option!r} of `{verb}`{nearest(option, names)}; `{verb} --help` lists them"
-    return f"{error.format_message().rstrip('.')}; see `{verb} --help`"
+        return f"unknown option {option!r} of `{verb}`{nearest(str(option), names)}; {help_at}"
+    message = error.format_message().rstrip(".")
+    if type(error).__name__ == "MissingParameter" and param is not None:
+        message = f"`{verb}` needs {param.metavar if param.param_type_name == 'argument' else param.opts[0]}"
+    elif param is not None and isinstance(getattr(error, "message", None), str):
+        value = next((words[i + 1] for i, word in enumerate(words[:-1]) if word in param.opts), None)
+        got = "" if value is None else f" got {value!r};"
+        message = f"{param.opts[0]}:{got} {error.message.removeprefix('Value error, ')}"
+    return f"{message}; {help_at}"
 
 
 def _fault(error: Exception, words: list[str]) -> int:

@@ -51,8 +51,8 @@ def read(folder: Path) -> Delta:
 def ready(folder: Path, backbone: str | None = None, known: dict[str, Backbone] | None = None) -> Ready:
     """Make a saved delta ready to predict on the backbone that it names, or on another one.
 
-    `known` keeps backbones that were loaded before. UserError if the delta has no head, BackboneMismatch if the backbone
-    is not the one that it was fitted on.
+    `known` keeps backbones that were loaded before. UserError if the delta has no head, BackboneMismatch if the
+    backbone is not the one that it was fitted on.
     """
     import torch
 
@@ -97,8 +97,8 @@ def task_for(one: Ready, source: str, columns: dict[str, str], metric: str | Non
     for label in task.labels:
         if label not in labels:
             raise TaskError(
-                f"{task.name} has label {label!r}, which {one.delta.name} has never seen{nearest(label, labels)}; score it "
-                f"on data with its own labels, or fit a delta to this task"
+                f"{task.name} has label {label!r}, which {one.delta.name} has never seen{nearest(label, labels)}; "
+                f"score it on data with its own labels, or fit a delta to this task"
             )
     if metric is None and one.task["metric"] != task.metric:
         metric = check_metric(one.task["metric"], task.kind, labels)

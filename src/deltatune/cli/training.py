@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,8 +63,14 @@ def finished(runs: Runs) -> Sequence[RenderableType]:
         shown += [result["sentence"], table]
     if runs.out is None:
         return [*shown, "Nothing was saved: give --out FOLDER to keep deltas and a report."]
-    reports = sorted(runs.out.rglob("report.html"))
-    best = next((run["saved"] for r in runs.results for run in r["runs"] if run["saved"] and run["delta"] == r["chosen"]), None)
-    if best is not None:
-        shown.append(f'Saved. Use it: deltatune predict {best} "..."')
-    return [*shown, *(f"Report: {file}" for file in reports)]
+    best = [_best(result) for result in runs.results]
+    shown += [f'Saved. Use it: deltatune predict {shlex.quote(folder)} "..."' for folder in best if folder is not None]
+    return [*shown, *(f"Report: {file}" for file in sorted(runs.out.rglob("report.html")))]
+
+
+def _best(result: Mapping[str, Any]) -> str | None:
+    """Return the folder of the chosen delta: of its seeds the one that is best on dev."""
+    metric = result["task"]["metric"]
+    mine = [run for run in result["runs"] if run["saved"] is not None and run["delta"] == result["chosen"]]
+    scored = [run for run in mine if run["metrics"]["dev"].get(metric) is not None]
+    return max(scored, key=lambda run: run["metrics"]["dev"][metric])["saved"] if scored else None

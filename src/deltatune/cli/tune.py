@@ -19,7 +19,9 @@ def tune(
     task: Annotated[
         str,
         typer.Argument(
-            metavar="TASK", show_default=False, autocompletion=task_names,
+            metavar="TASK",
+            show_default=False,
+            autocompletion=task_names,
             help="A file (csv, tsv, jsonl, json, parquet), a folder of splits, hf:NAME, or an embedded task.",
         ),
     ],
@@ -34,7 +36,9 @@ def tune(
         Path | None, typer.Option("--out", metavar="FOLDER", help="Where to save; left out: nothing is saved.")
     ] = None,
     backbone: BackboneName = "minilm",
-    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Seeds of the last two and the baseline.")] = 3,
+    seeds: Annotated[
+        int, typer.Option("--seeds", metavar="N", min=1, help="Seeds of the last two and the baseline.")
+    ] = 3,
     seed: Annotated[int, typer.Option("--seed", metavar="SEED", min=0, help="The first seed.")] = 0,
     limit: Limit = None,
     batch: Annotated[int | None, typer.Option("--batch", help="Rows in a step.")] = None,

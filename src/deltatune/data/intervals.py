@@ -18,6 +18,11 @@ class Interval(NamedTuple):
     low: float | None
     high: float | None
 
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval exists and lies on one side of zero."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
     def __str__(self) -> str:
         if self.low is None or self.high is None:
             return f"{self.mean:.3f} (one value, no interval)"
@@ -48,7 +53,7 @@ def paired_interval(a: Sequence[float], b: Sequence[float], level: float = 0.95)
 
     Raises ValueError where the lengths differ or there is no pair.
     """
-    return interval([x - y for x, y in zip(a, b, strict=True)], level)
+    return interval(_differences(a, b), level)
 
 
 def bootstrap_interval(
@@ -73,3 +78,40 @@ def bootstrap_interval(
     found = sorted(statistic(rng.choices(examples, k=len(examples))) for _ in range(resamples))
     tail = (1 - level) / 2
     return Interval(whole, found[math.floor(tail * (resamples - 1))], found[math.ceil((1 - tail) * (resamples - 1))])
+
+
+def bootstrap_paired(
+    correct_a: Sequence[float], correct_b: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Return the mean of `correct_a - correct_b` over the same examples and its percentile bootstrap interval.
+
+    The scores are per example: 0 or 1 for right and wrong, or any number. Raises ValueError when the lengths differ
+    or there is no example. Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    import numpy as np
+    from scipy import stats
+
+    differences = np.asarray(_differences(correct_a, correct_b), dtype=float)
+    n = len(differences)
+    if n == 0:
+        raise ValueError("bootstrap_paired: got no examples")
+    mean = float(differences.mean())
+    if n == 1:
+        return Interval(mean, None, None)
+    found = stats.bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=resamples,
+        # 10,000 resamples of 2,000 rows at once would take 160 MB.
+        batch=max(1, 1_000_000 // n),
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def _differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    if len(a) != len(b):
+        raise ValueError(f"paired scores: got {len(a)} and {len(b)} values, expected the same seeds or rows in both")
+    return [float(x) - float(y) for x, y in zip(a, b, strict=True)]

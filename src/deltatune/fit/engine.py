@@ -21,7 +21,7 @@ from deltatune.delta.call import Call, Draw, Segment
 from deltatune.delta.delta import Delta
 from deltatune.errors import SiteError
 from deltatune.fit.evaluate import evaluate
-from deltatune.fit.job import Job, Point, batch_of
+from deltatune.fit.job import Job, Point, batch_of, prompt_tokens
 from deltatune.heads.base import Batch, collate
 
 Listener = Callable[[Sequence[Job], str], None]
@@ -79,22 +79,24 @@ class Engine:
     def _pack(self, jobs: Sequence[Job], batches: dict[str, Batch]) -> list[list[Job]]:
         """Group jobs into physical batches: like with like, at most so many tokens, weight layers alone."""
         groups: list[list[Job]] = []
-        rows = longest = 0
+        rows = longest = prompt = 0
+        most = self.backbone.positions or math.inf
         for job in sorted(jobs, key=lambda j: self.rank[j.name]):
             batch = batches[job.name]
-            length = max(longest, batch.length)
-            size = rows + len(batch.examples)
+            size, length = rows + len(batch.examples), max(longest, batch.length)
+            added = max(prompt, prompt_tokens(job.plan.spec))
             alone = _separate(job.delta)
             if (
                 not groups
                 or alone
                 or _separate(groups[-1][0].delta) != alone
                 or size * length > job.plan.settings.tokens
+                or length + added > most
             ):
                 groups.append([])
-                rows, longest, size, length = 0, 0, len(batch.examples), batch.length
+                size, length, added = len(batch.examples), batch.length, prompt_tokens(job.plan.spec)
             groups[-1].append(job)
-            rows, longest = size, length
+            rows, longest, prompt = size, length, added
         return groups
 
     def _backward(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> None:

@@ -163,15 +163,20 @@ def make_jobs(plans: Sequence[Plan], backbone: Backbone, origin: Backbone) -> li
             if start is not None:
                 head.load_state_dict(start)
         delta.to(backbone.device)
-        steps = plan.settings.total_steps(len(encoded[key]))
+        # What has no parameters (a language model that answers by itself) is looked at once.
+        steps = plan.settings.total_steps(len(encoded[key])) if list(delta.parameters()) else 1
         jobs.append(Job(plan, delta, head, encoded[key], optimiser(plan, delta, head), steps))
     return jobs
 
 
 def room(spec: Spec, backbone: Backbone) -> int:
     """Tokens that fit the backbone beside the spec's own."""
-    own = sum(getattr(method, "n", 0) for method in members(spec) if method.at == "embed")
-    return backbone.length_limit - own
+    return backbone.length_limit - prompt_tokens(spec)
+
+
+def prompt_tokens(spec: Spec) -> int:
+    """Tokens that a spec puts into the input."""
+    return sum(getattr(method, "n", 0) for method in members(spec) if method.at == "embed")
 
 
 def optimiser(plan: Plan, delta: Delta, head: TaskHead) -> torch.optim.Optimizer:
@@ -184,6 +189,8 @@ def optimiser(plan: Plan, delta: Delta, head: TaskHead) -> torch.optim.Optimizer
         {"params": list(head.parameters()), "base_lr": head_lr, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if not groups:  # torch refuses an optimiser of nothing
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(0))], "base_lr": plan.lr}]
     return torch.optim.AdamW(groups, lr=1.0, fused=True)
 
 

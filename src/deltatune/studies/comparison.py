@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from deltatune.data import intervals
 from deltatune.studies.formatting import Scale, scale_of
 from deltatune.studies.schema import HEAD_ONLY, Interval, Result, Run, SummaryRow
-from deltatune.studies.statistics import Estimate, paired_interval
 
 Split = Literal["dev", "test"]
 
@@ -51,7 +51,7 @@ def diverged(result: Result) -> list[Run]:
     return [run for run in result["runs"] if run["state"] == "nan"]
 
 
-def gain(result: Result, delta: str, over: str = HEAD_ONLY, split: Split = "dev") -> Estimate | None:
+def gain(result: Result, delta: str, over: str = HEAD_ONLY, split: Split = "dev") -> intervals.Interval | None:
     """Return how much better `delta` is than `over` on a split, in the metric's direction.
 
     Paired by seed where both have runs of the same seeds; otherwise a difference of means without an interval; None
@@ -61,11 +61,11 @@ def gain(result: Result, delta: str, over: str = HEAD_ONLY, split: Split = "dev"
     sign = 1 if scale_of(result).descending else -1
     seeds = sorted(ours.keys() & theirs.keys())
     if seeds:
-        return paired_interval([sign * ours[seed] for seed in seeds], [sign * theirs[seed] for seed in seeds])
+        return intervals.paired_interval([sign * ours[seed] for seed in seeds], [sign * theirs[seed] for seed in seeds])
     means = [measured(row, split) for name in (delta, over) for row in result["summary"] if row["delta"] == name]
     if len(means) != 2 or means[0] is None or means[1] is None:
         return None
-    return Estimate(sign * ((means[0]["mean"] or 0.0) - (means[1]["mean"] or 0.0)), None, None)
+    return intervals.Interval(sign * ((means[0]["mean"] or 0.0) - (means[1]["mean"] or 0.0)), None, None)
 
 
 def baseline_scores(result: Result, split: Split) -> list[tuple[str, float]]:

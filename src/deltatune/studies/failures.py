@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from deltatune.data.intervals import Interval, bootstrap_paired
 from deltatune.studies.comparison import leader, ordered
 from deltatune.studies.schema import Example, Result
-from deltatune.studies.statistics import Estimate, bootstrap_paired
 
 MOST_LABELS = 12
 
@@ -47,7 +47,7 @@ class Disagreement:
     only_first: int
     only_second: int
     neither: int
-    difference: Estimate
+    difference: Interval
     rows: list[Example]
 
 

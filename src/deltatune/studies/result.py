@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from deltatune.backbone.load import Backbone
+from deltatune.data.intervals import bootstrap_paired, interval
 from deltatune.data.metrics import references
 from deltatune.data.task import INPUTS, Row, Task
 from deltatune.fit.fit import Trained, majority_scores, versions
 from deltatune.fit.tune import Tuned
 from deltatune.studies.schema import HEAD_ONLY, SCHEMA
-from deltatune.studies.statistics import bootstrap_paired, t_interval
 
 BASELINES = {"head": HEAD_ONLY, "full": "full tuning"}
 EXAMPLES_KEPT = 2000
@@ -110,7 +110,7 @@ def _interval(values: Sequence[float]) -> dict[str, float | None]:
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return {"mean": None, "low": None, "high": None}
-    return dict(t_interval(finite)._asdict())
+    return dict(interval(finite)._asdict())
 
 
 def _bytes(trained: Trained) -> int:

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from deltatune.studies.statistics import Estimate, bootstrap_paired, paired_interval, t_interval, tied_with
+from deltatune.data.intervals import Interval, bootstrap_paired, interval, paired_interval
 
 scores = st.lists(st.floats(-10, 10, allow_nan=False), min_size=2, max_size=12)
 
 
 @given(scores)
 def test_t_interval_equals_scipy(values: list[float]) -> None:
-    ours = t_interval(values)
+    ours = interval(values)
     assert ours.mean == pytest.approx(np.mean(values), abs=1e-12)
     if np.std(values) > 1e-6:  # scipy divides by it
         theirs = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
@@ -26,21 +26,21 @@ def test_t_interval_equals_scipy(values: list[float]) -> None:
 
 def test_t_interval_closed_form_of_two_values() -> None:
     # With one degree of freedom t is Cauchy: the quantile is tan(pi * 0.475), the standard error |a - b| / 2.
-    estimate = t_interval([0.90, 0.94])
+    estimate = interval([0.90, 0.94])
     half = math.tan(math.pi * 0.475) * 0.02
     assert estimate == pytest.approx((0.92, 0.92 - half, 0.92 + half))
 
 
 def test_one_seed_has_no_interval_and_none_is_an_error() -> None:
-    assert t_interval([0.9]) == Estimate(0.9, None, None)
+    assert interval([0.9]) == Interval(0.9, None, None)
     with pytest.raises(ValueError, match="no values"):
-        t_interval([])
+        interval([])
     with pytest.raises(ValueError, match="finite"):
-        t_interval([0.9, math.nan])
+        interval([0.9, math.nan])
 
 
 def test_equal_values_have_an_interval_of_no_width() -> None:
-    assert t_interval([0.5, 0.5, 0.5]) == Estimate(0.5, 0.5, 0.5)
+    assert interval([0.5, 0.5, 0.5]) == Interval(0.5, 0.5, 0.5)
 
 
 def test_paired_interval_equals_scipy_and_is_narrower_than_unpaired() -> None:
@@ -50,7 +50,7 @@ def test_paired_interval_equals_scipy_and_is_narrower_than_unpaired() -> None:
     ours, theirs = paired_interval(a, b), stats.ttest_rel(a, b).confidence_interval(0.95)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
     assert ours.excludes_zero
-    assert ours.high - ours.low < t_interval(a).high - t_interval(a).low  # type: ignore[operator]
+    assert ours.high - ours.low < interval(a).high - interval(a).low  # type: ignore[operator]
 
 
 def test_pairs_of_different_length_are_refused() -> None:
@@ -82,7 +82,7 @@ def test_bootstrap_is_deterministic_for_a_seed_antisymmetric_in_mean_and_needs_t
     a, b = [1, 0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 1, 1, 0]
     assert bootstrap_paired(a, b, seed=4) == bootstrap_paired(a, b, seed=4)
     assert bootstrap_paired(a, b).mean == -bootstrap_paired(b, a).mean
-    assert bootstrap_paired([1], [0]) == Estimate(1.0, None, None)
+    assert bootstrap_paired([1], [0]) == Interval(1.0, None, None)
 
 
 def test_bootstrap_covers_the_truth_about_nineteen_times_in_twenty() -> None:
@@ -93,16 +93,3 @@ def test_bootstrap_covers_the_truth_about_nineteen_times_in_twenty() -> None:
         low, high = bootstrap_paired(list(a), list(b), resamples=500, seed=trial)[1:]
         covered += low is not None and high is not None and low <= 0.05 <= high
     assert 0.90 <= covered / 200 <= 0.99
-
-
-def test_tied_with_names_only_those_that_cannot_be_told_apart() -> None:
-    best = [1] * 90 + [0] * 10
-    others = {
-        "same": best,
-        "near": [1] * 88 + [0] * 12,
-        "far": [1] * 60 + [0] * 40,
-        "other rows": [0] * 10 + [1] * 90,
-        "better": [1] * 100,
-    }
-    assert tied_with(best, others) == ["same", "near", "other rows"]
-    assert tied_with(best, {}) == []
