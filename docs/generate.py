@@ -1,19 +1,22 @@
 """Regenerate the tables of README.md and docs/ that come from the code or from stored measurements.
 
-Run as: .venv/bin/python docs/generate.py [--check]
+Run as: .venv/bin/python docs/generate.py [--check] [--quickstart]
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 from deltatune.backbone.load import load
 from deltatune.delta.catalogue import catalogue
 from deltatune.delta.delta import Delta
+from deltatune.studies.verbs import Runs, tune
 
 ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "docs" / "quickstart.txt"
 
 
 def methods_table() -> str:
@@ -27,7 +30,25 @@ def methods_table() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"methods": methods_table}
+def quickstart() -> str:
+    """What the README's own `tune` says; run anew with --quickstart, else what docs/quickstart.txt kept of it."""
+    if "--quickstart" in sys.argv:
+        with tempfile.TemporaryDirectory() as folder:
+            runs = tune("minilm", "stdlib_package", budget="3000steps", max_length=32, out=f"{folder}/best")
+        KEPT.write_text(
+            f"{runs.results[0]['sentence']}\n\n{runs.results[0]['threads']} threads, {versions_line(runs)}\n"
+        )
+    if not KEPT.exists():
+        return "> not run yet: `.venv/bin/python docs/generate.py --quickstart`"
+    return "\n".join(f"> {line}".rstrip() for line in KEPT.read_text().splitlines())
+
+
+def versions_line(runs: Runs) -> str:
+    """Versions of what decided the figures."""
+    return ", ".join(f"{name} {version}" for name, version in runs.results[0]["versions"].items())
+
+
+BLOCKS = {"methods": methods_table, "quickstart": quickstart}
 
 
 def fill(text: str) -> str:

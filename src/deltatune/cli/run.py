@@ -96,7 +96,7 @@ def _pointed(error: DeltaExpressionError) -> str:
 def _usage(error: typer.TyperException, words: Sequence[str]) -> str:
     """Say a mistake in the words of a command line in one line: got, expected, nearest options, where to look."""
     context: Any = getattr(error, "ctx", None)
-    verb = context.command_path if context is not None else "deltatune"
+    verb = context.command_path if context is not None else shlex.join(["deltatune", *words[:1]])
     help_at = f"`{verb} --help` shows an example"
     option, param = getattr(error, "option_name", None), getattr(error, "param", None)
     if type(error).__name__ == "NoSuchOption" and context is not None:
@@ -106,10 +106,19 @@ def _usage(error: typer.TyperException, words: Sequence[str]) -> str:
     if type(error).__name__ == "MissingParameter" and param is not None:
         message = f"`{verb}` needs {param.metavar if param.param_type_name == 'argument' else param.opts[0]}"
     elif param is not None and isinstance(getattr(error, "message", None), str):
-        value = next((words[i + 1] for i, word in enumerate(words[:-1]) if word in param.opts), None)
-        got = "" if value is None else f" got {value!r};"
-        message = f"{param.opts[0]}:{got} {error.message.removeprefix('Value error, ')}"
+        message = error.message.removeprefix("Value error, ").rstrip(".")
+        message = f"{param.opts[0]}: got {_value(param.opts, words)!r}; {message[:1].lower()}{message[1:]}"
     return f"{message}; {help_at}"
+
+
+def _value(names: Sequence[str], words: Sequence[str]) -> str:
+    """Return what was given to an option: the word after it, or what follows its equals sign."""
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        if word in names:
+            return after
+        if word.partition("=")[0] in names:
+            return word.partition("=")[2]
+    return ""
 
 
 def _fault(error: Exception, words: list[str]) -> int:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from deltatune.backbone.load import Backbone
 from deltatune.data.metrics import references, score
 from deltatune.data.task import Row, Task
 from deltatune.delta.adapted import Adapted
 from deltatune.delta.call import Segment
 from deltatune.delta.delta import Delta
 from deltatune.errors import TaskError
-from deltatune.fit.job import Job
+from deltatune.fit.job import Job, room
 from deltatune.heads.base import Example, TaskHead, collate
 from deltatune.heads.language import Generation
 
@@ -139,10 +140,9 @@ def task_rows(task: Task, split: str, most: int | None = None) -> Sequence[Row]:
 def evaluate(adapted: Adapted, jobs: Sequence[Job], split: str, *, whole: bool = False) -> list[float]:
     """Return the score of each job on a split of its own task; jobs of one task run together."""
     found: dict[str, float] = {}
-    for group in _by_task(jobs):
+    for limit, group in in_groups(jobs, adapted.source):
         task, settings = group[0].plan.task, group[0].plan.settings
         rows = task_rows(task, split, None if whole else settings.dev_rows)
-        limit = min(settings.max_length, adapted.source.length_limit)
         made = predict_many(adapted, [(job.delta, job.head) for job in group], rows, limit)
         gold = references(task.kind, rows)
         for job, predictions in zip(group, made, strict=True):
@@ -150,8 +150,12 @@ def evaluate(adapted: Adapted, jobs: Sequence[Job], split: str, *, whole: bool =
     return [found[job.name] for job in jobs]
 
 
-def _by_task(jobs: Sequence[Job]) -> list[list[Job]]:
-    groups: dict[tuple[str, int], list[Job]] = {}
+def in_groups(jobs: Sequence[Job], backbone: Backbone) -> list[tuple[int, list[Job]]]:
+    """Group the jobs that predict the same examples: the length these are cut to, and the jobs."""
+    groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
-        groups.setdefault((job.plan.task.fingerprint, job.plan.settings.max_length), []).append(job)
-    return list(groups.values())
+        task, settings = job.plan.task, job.plan.settings
+        limit = min(settings.max_length, room(job.plan.spec, backbone))
+        key = (limit, task.fingerprint, task.metric, repr(job.head.arguments), settings.dev_rows)
+        groups.setdefault(key, []).append(job)
+    return [(key[0], group) for key, group in groups.items()]

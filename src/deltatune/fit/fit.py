@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from deltatune.errors import UserError
 from deltatune.fit import checkpoint
 from deltatune.fit.engine import Engine, Listener, train, working_copy
 from deltatune.fit.estimate import Estimate, estimate
-from deltatune.fit.evaluate import Predictions, predict_many, task_rows
+from deltatune.fit.evaluate import Predictions, in_groups, predict_many, task_rows
 from deltatune.fit.job import Job, Plan, Point, make_jobs
 from deltatune.fit.settings import resolve_precision
 
@@ -73,6 +73,7 @@ def fit_plans(
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated:
         raise UserError(f"{repeated!r} is asked for twice; leave one out")
+    check_splits((plan.task for plan in plans), open_test=open_test)
     dtypes = {resolve_precision(plan.settings.precision, backbone) for plan in plans}
     if len(dtypes) > 1:
         raise UserError("all trainings of one fit run on one backbone: give them the same precision")
@@ -110,13 +111,10 @@ def finish(engine: Engine, jobs: Sequence[Job], *, open_test: bool) -> list[Trai
         job.restore_best()
     done = {job.name: job for job in jobs}
     found: dict[str, Trained] = {}
-    groups: dict[tuple[str, int], list[Job]] = {}
-    for job in jobs:
-        groups.setdefault((job.plan.task.fingerprint, job.plan.settings.max_length), []).append(job)
-    for group in groups.values():
+    for limit, group in in_groups(jobs, engine.backbone):
         task = group[0].plan.task
         live = [job for job in group if job.state != "nan" or job.best]
-        made = {split: _predicted(engine, live, split) for split in (("dev", "test") if open_test else ("dev",))}
+        made = {split: _predicted(engine, live, split, limit) for split in _splits(open_test)}
         for job in group:
             metrics = {split: scored(task, split, p[job.name].values) for split, p in made.items() if job.name in p}
             found[job.name] = Trained(
@@ -136,12 +134,22 @@ def finish(engine: Engine, jobs: Sequence[Job], *, open_test: bool) -> list[Trai
     return [found[job.name] for job in jobs]
 
 
-def _predicted(engine: Engine, jobs: Sequence[Job], split: str) -> dict[str, Predictions]:
+def _splits(open_test: bool) -> tuple[str, ...]:
+    return ("dev", "test") if open_test else ("dev",)
+
+
+def check_splits(tasks: Iterable[Task], *, open_test: bool = True) -> None:
+    """TaskError for a task without rows in a split that a fit will need, before any work is done."""
+    for task in tasks:
+        for split in ("train", *_splits(open_test)):
+            task_rows(task, split)
+
+
+def _predicted(engine: Engine, jobs: Sequence[Job], split: str, limit: int) -> dict[str, Predictions]:
     if not jobs:
         return {}
-    task, settings = jobs[0].plan.task, jobs[0].plan.settings
-    limit = min(settings.max_length, engine.backbone.length_limit)
-    made = predict_many(engine.adapted, [(job.delta, job.head) for job in jobs], task_rows(task, split), limit)
+    rows = task_rows(jobs[0].plan.task, split)
+    made = predict_many(engine.adapted, [(job.delta, job.head) for job in jobs], rows, limit)
     return dict(zip([job.name for job in jobs], made, strict=True))
 
 
@@ -176,7 +184,7 @@ def majority_scores(task: Task, *, open_test: bool = True) -> dict[str, dict[str
     guess = majority(task)
     return {
         split: scored(task, split, constant(guess, task, task_rows(task, split)))
-        for split in (("dev", "test") if open_test else ("dev",))
+        for split in _splits(open_test)
     }
 
 

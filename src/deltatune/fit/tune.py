@@ -28,7 +28,8 @@ from deltatune.fit.fit import Trained, finish
 from deltatune.fit.job import Job, Plan, make_jobs
 from deltatune.fit.settings import Settings, resolve_precision
 
-# Methods × sites, each over RATES times its own default rate.
+# Methods × sites, each at some multiples of its own default rate: of all of RATES if the budget lets every candidate
+# that survives train for ENOUGH steps, else of fewer.
 SPACE = (
     "lora",
     'lora(r=8, at="attn.{q,k,v,o} ffn.{up,down}")',
@@ -38,7 +39,8 @@ SPACE = (
     "bitfit",
     "ia3",
 )
-RATES = (0.3, 1.0, 3.0)
+RATES: tuple[tuple[float, ...], ...] = ((0.3, 1.0, 3.0), (1.0, 3.0), (1.0,))
+ENOUGH = 100
 BASELINE = "head"
 ETA = 3  # a rung keeps one in ETA
 RUNGS = 3
@@ -96,7 +98,9 @@ class Tuned:
     left_out: list[str] = field(default_factory=list)
 
 
-def candidates(backbone: Backbone, max_params: int | None = None) -> tuple[list[Candidate], list[str]]:
+def candidates(
+    backbone: Backbone, max_params: int | None = None, rates: Sequence[float] = RATES[0]
+) -> tuple[list[Candidate], list[str]]:
     """Return the candidates that fit the backbone and the limit, and what was left out with the reason."""
     found: list[Candidate] = []
     out: list[str] = []
@@ -110,7 +114,7 @@ def candidates(backbone: Backbone, max_params: int | None = None) -> tuple[list[
         if max_params is not None and size > max_params:
             out.append(f"{text}: {size:,} parameters, more than {max_params:,}")
             continue
-        found += [Candidate(f"{text} lr={spec.lr * factor:.2g}", spec, spec.lr * factor, size) for factor in RATES]
+        found += [Candidate(f"{text} lr={spec.lr * factor:.2g}", spec, spec.lr * factor, size) for factor in rates]
     if not found:
         raise UserError(
             f"no candidate is within --max-params {max_params}; the smallest needs more: {'; '.join(out[:3])}"
@@ -139,9 +143,15 @@ def tune(
     """
     started = time.monotonic()
     settings = settings or Settings()
-    found, left_out = candidates(backbone, max_params)
+    found, left_out = candidates(backbone, max_params, RATES[-1])
     working = working_copy(backbone, resolve_precision(settings.precision, backbone))
-    horizon = _horizon(found, task, settings, seeds, budget, backbone, working)
+    whole = settings.steps or max(FEWEST, min(round(EPOCHS * len(task.train) / settings.batch), 800))
+    allowed = _allowance(found, task, settings, budget, backbone, working)
+    for rates in RATES:
+        found, _ = candidates(backbone, max_params, rates)
+        horizon = int(max(FEWEST, min(whole, allowed / _trainings(len(found), seeds))))
+        if horizon >= min(whole, ENOUGH):
+            break
     settings = dataclasses.replace(settings, steps=horizon, evaluations=RUNGS)
     plans = [Plan(c.spec, task, seed, dataclasses.replace(settings, lr=c.lr), c.label) for c in found]
     plans.append(Plan(parse(BASELINE), task, seed, settings, BASELINE))
@@ -178,28 +188,20 @@ def _others(seed: int, seeds: int) -> range:
     return range(seed + 1, seed + seeds)
 
 
-def _horizon(
-    found: Sequence[Candidate],
-    task: Task,
-    settings: Settings,
-    seeds: int,
-    budget: Budget,
-    backbone: Backbone,
-    working: Backbone,
-) -> int:
-    """Steps of a full training: as many epochs as pay, shortened until the whole search fits the budget."""
-    wanted = round(
-        (settings.epochs if settings.epochs != Settings.epochs else EPOCHS) * len(task.train) / settings.batch
-    )
-    whole = settings.steps or max(FEWEST, min(wanted, 800))
+def _trainings(number: int, seeds: int) -> float:
+    """Return what a search costs, in whole trainings: the rungs, the baseline, and the other seeds at the end."""
     share = sum(ETA**-r * (_goal(1.0, r) - (_goal(1.0, r - 1) if r else 0.0)) for r in range(RUNGS))
-    trainings = len(found) * share + 1 + (FINALISTS + 1) * (seeds - 1)
+    return number * share + 1 + (FINALISTS + 1) * (seeds - 1)
+
+
+def _allowance(
+    found: Sequence[Candidate], task: Task, settings: Settings, budget: Budget, backbone: Backbone, working: Backbone
+) -> float:
+    """Return the optimiser steps, over all trainings, that the budget pays for."""
     if budget.steps is not None:
-        allowed = budget.steps / trainings
-    else:
-        assert budget.seconds is not None
-        allowed = budget.seconds * 0.85 / (trainings * _seconds_per_step(found, task, settings, backbone, working))
-    return int(max(FEWEST, min(whole, allowed)))
+        return float(budget.steps)
+    assert budget.seconds is not None
+    return budget.seconds * 0.85 / _seconds_per_step(found, task, settings, backbone, working)
 
 
 def _seconds_per_step(
