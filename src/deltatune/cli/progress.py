@@ -43,7 +43,7 @@ class Progress:
         self._live: Live | None = None
         self._jobs: Sequence[Job] = ()
         self._started = self._drawn = 0.0
-        self._first = 0  # steps that were done before: of a fit that is resumed
+        self._first = 0  # steps that were done when it was first heard of
 
     def hear(self, jobs: Sequence[Job], event: str) -> None:
         """Take note of a step or an evaluation of these jobs."""
@@ -51,8 +51,7 @@ class Progress:
         fresh = {id(job) for job in jobs} != {id(job) for job in self._jobs}
         if fresh:
             self.close()
-            # The step that has just been done counts as ours, so that there is a rate to go by.
-            self._started, self._first = now, sum(job.step for job in jobs) - sum(bool(job.step) for job in jobs)
+            self._started, self._first = now, sum(job.step for job in jobs)
         self._jobs = jobs
         if self._console.is_terminal:
             if fresh or now - self._drawn >= EVERY:

@@ -1,13 +1,15 @@
 """Checkpoints: all state of a fit, written whole or not at all, so that a killed fit ends as an unkilled one would.
 
-What a job draws depends on (task, seed, step) alone, so there is no state of a random generator to keep.
+One file, replaced by a rename: there is no instant without a whole checkpoint, the old one or the new one. What a job draws depends on (task, seed, step) alone, so there is no state of a random generator to keep.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,11 @@ from typing import Any
 import torch
 
 from deltatune.backbone.load import Backbone
-from deltatune.delta.files import spec_record, whole_folder
+from deltatune.delta.files import spec_record
 from deltatune.errors import OutputError
 from deltatune.fit.job import Job, Plan, Point
 
-STATE, TENSORS = "state.json", "state.safetensors"
+STATE = "state.safetensors"
 
 
 def identity(plans: Sequence[Plan], backbone: Backbone) -> str:
@@ -57,27 +59,32 @@ def write(folder: Path, jobs: Sequence[Job], identity: str, extra: dict[str, Any
                 "worse": job.worse, "losses": job.losses, "metrics": job.metrics,
             }
         )  # fmt: skip
-    with whole_folder(folder) as work:
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, work / TENSORS)
-        (work / STATE).write_text(json.dumps({"identity": identity, "jobs": records, "extra": extra or {}}))
+    state = json.dumps({"identity": identity, "jobs": records, "extra": extra or {}})
+    copied = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    with whole_file(folder / STATE) as work:
+        save_file(copied, work, metadata={"state": state})
 
 
 def read(folder: Path, jobs: Sequence[Job], identity: str) -> dict[str, Any] | None:
     """Put a checkpoint's state into fresh jobs and return its `extra`; None if there is no checkpoint.
 
-    OutputError if it belongs to another fit (other deltas, data, settings, backbone or number of threads).
+    OutputError if it is damaged, or of another fit (other deltas, data, settings, backbone or number of threads).
     """
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     if not (folder / STATE).is_file():
         return None
-    state = json.loads((folder / STATE).read_text())
+    try:
+        with safe_open(folder / STATE, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise OutputError(f"{folder / STATE} is damaged ({error}); remove {folder} to begin again") from error
     if state["identity"] != identity:
         raise OutputError(
             f"{folder.parent} holds an unfinished fit of other deltas, data, settings, backbone or threads; "
             f"finish that one with its own command, or choose another --out"
         )
-    tensors = load_file(folder / TENSORS)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         number, kind, rest = name.split("/", 2)
@@ -98,3 +105,22 @@ def _restore(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor])
         index, field = name.split("/", 1)
         state["state"].setdefault(int(index), {})[field] = value
     optimiser.load_state_dict(state)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """Yield a file to write that becomes `target` when the block ends well. OutputError if it cannot be written."""
+    from safetensors import SafetensorError
+
+    work = target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield work
+        with work.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(work, target)
+    except (OSError, SafetensorError) as error:  # the latter: its message for a full disk
+        with suppress(OSError):
+            work.unlink()
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write {target}: {reason}") from error

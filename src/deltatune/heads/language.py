@@ -30,8 +30,13 @@ def _wanted(backbone: Backbone, kind: str) -> None:
 
 def _template(task: Task) -> str:
     template = task.template or DEFAULT_TEMPLATES[task.kind]
-    fields = {name for _, name, _, _ in string.Formatter().parse(template) if name}
     have = set(task.train[0]) - {"label", "target", "targets"}
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name}
+        if fields <= have:
+            template.format(**dict.fromkeys(have, ""))
+    except (ValueError, IndexError) as error:
+        raise TaskError(f"template {template!r}: {error}; write {{text}} for a field, {{{{ for a brace") from None
     if not fields <= have:
         raise TaskError(f"template {template!r} names {sorted(fields - have)}; the task's rows have {sorted(have)}")
     return template
@@ -160,16 +165,34 @@ class Verbalized(TaskHead):
 
 
 def worded(template: str, rows: Sequence[Row], backbone: Backbone, room: int) -> list[str]:
-    """Fill a template so that it fits `room` tokens: each field's text is cut at its end, the template stays whole."""
-    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
-    frame = len(processor_of(backbone)(template.format(**dict.fromkeys(fields, "")))["input_ids"])
-    share = max(1, (room - frame) // max(1, len(fields)))
-    return [template.format(**{name: _cut(backbone, str(row[name]), share) for name in fields}) for row in rows]
+    """Fill a template so that it fits `room` tokens: each field's text is cut at its end, the template stays whole.
 
-
-def _cut(backbone: Backbone, text: str, room: int) -> str:
-    if len(text) <= room:  # a token is one character at least
-        return text
+    TaskError if the template leaves no room for a text.
+    """
     processor = processor_of(backbone)
+    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+
+    def filled(row: Row, share: int) -> str:
+        return template.format(**{name: _cut(processor, str(row[name]), share) for name in fields})
+
+    frame = len(processor(template.format(**dict.fromkeys(fields, "")))["input_ids"])
+    if frame >= room:
+        raise TaskError(f"template {template!r} takes {frame} of {room} tokens; shorten it, or raise max_length")
+    share = (room - frame) // max(1, len(fields))
+    texts = [filled(row, share) for row in rows]
+    # Tokens may come out otherwise where a text meets the template, or where it was cut: then it is cut further.
+    for i, ids in enumerate(processor(texts)["input_ids"]):
+        over, left = len(ids) - room, share
+        while over > 0 and left > 0:
+            left = max(0, left - over)
+            texts[i] = filled(rows[i], left)
+            over = len(processor(texts[i])["input_ids"]) - room
+    return texts
+
+
+def _cut(processor: Any, text: str, room: int) -> str:
+    if len(text.encode()) <= room:  # a token is one byte at least
+        return text
     ids = processor(text, add_special_tokens=False)["input_ids"]
-    return text if len(ids) <= room else str(processor.decode(ids[:room]))
+    # A cut inside a character leaves half of it.
+    return text if len(ids) <= room else str(processor.decode(ids[:room])).rstrip("\ufffd")

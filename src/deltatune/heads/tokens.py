@@ -65,6 +65,8 @@ class TokenClassification(TaskHead):
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
         where = [(row, at) for row, e in enumerate(batch.examples) for at, t in enumerate(e.target) if t != -100]
+        if not where:
+            return hidden.sum() * 0.0
         rows, columns = (torch.tensor(index, device=hidden.device) for index in zip(*where, strict=True))
         target = torch.tensor([batch.examples[row].target[at] for row, at in where], device=hidden.device)
         chosen = self.linear(hidden[rows, columns].to(self.linear.weight.dtype))

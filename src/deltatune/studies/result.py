@@ -15,7 +15,7 @@ from deltatune.data.metrics import references
 from deltatune.data.task import INPUTS, Row, Task
 from deltatune.fit.fit import Trained, majority_scores, versions
 from deltatune.fit.tune import Tuned
-from deltatune.studies.schema import HEAD_ONLY, SCHEMA
+from deltatune.studies.schema import HEAD_ONLY, SCHEMA, check_result
 
 BASELINES = {"head": HEAD_ONLY, "full": "full tuning"}
 EXAMPLES_KEPT = 2000
@@ -88,7 +88,7 @@ def build_result(
             for c in tuned.candidates
         ]
     result["sentence"] = sentence(result, trained)
-    return result
+    return dict(check_result(result))
 
 
 def label_of(trained: Trained) -> str:
@@ -243,15 +243,16 @@ def sentence(result: dict[str, Any], trained: Sequence[Trained]) -> str:
     constant = result["baselines"][0]["metrics"][split][result["task"]["metric"]]
     beside.append(f"always the same answer {_points(constant)}")
     tied, better = rivals_of(result, trained)
-    apart = (
-        f"On dev it could not be told apart from {', '.join(tied)}." if tied else "On dev it is told apart from all."
-    )
+    if tied:
+        apart = f" On dev it could not be told apart from {', '.join(tied)}."
+    else:
+        apart = " On dev it is told apart from all." if len(result["summary"]) > 1 else ""
     if better:
         apart += f" Better on dev, and no candidate of the choice: {', '.join(better)}."
     return (
         f"Take {row['delta']}: {_points(score['mean'])} % {metric} on {split}{spread}, with {row['trainable']:,} "
         f"trained parameters ({share:.2%} of {result['backbone']['name']}) in {row['bytes'] / 1e6:.2g} MB; "
-        f"beside it, {', '.join(beside)}. {apart}"
+        f"beside it, {', '.join(beside)}.{apart}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -59,7 +60,8 @@ class Runs:
 
     def json(self) -> dict[str, Any]:
         """Return the fixed keys of `--json`."""
-        runs = [run for result in self.results for run in result["runs"]]
+        asked = {label_of(t) for t in self.trained}
+        runs = [run for result in self.results for run in result["runs"] if run["delta"] in asked]
         made: dict[str, Any] = {"schema": SCHEMA, "runs": runs}
         if self.results and "candidates" in self.results[0]:
             made |= {"candidates": self.results[0]["candidates"], "chosen": self.results[0]["chosen"]}
@@ -152,25 +154,46 @@ def run_plans(
 ) -> Runs:
     """Train plans together and write what the command line promises.
 
-    One run lands in `out`, several in `out/<task>/<delta>/<seed>` with `out/runs.json`, and a report for each task.
-    OutputError if `out` holds something else than this fit, unfinished.
+    One run lands in `out`, several in `out/<task>/<delta>/<seed>` with `out/runs.json`, and a report for each task. The
+    head-only baseline of each task is trained beside them and stands in the result, but is not saved. OutputError if
+    `out` holds something else than this fit, unfinished.
     """
     if out is not None and not dry_run:
         check_out(out)
-    trained = fit_plans(
-        backbone, plans, folder=out if not dry_run else None, listener=listener, announce=announce, dry_run=dry_run
+    beside = baselines_of(plans)
+    everything = fit_plans(
+        backbone,
+        [*plans, *beside],
+        folder=out if not dry_run else None,
+        listener=listener,
+        announce=announce,
+        dry_run=dry_run,
     )
+    trained = everything[: len(plans)]
     runs = Runs(trained, [], out)
     if dry_run:
         return runs
     saved = {t.plan.name: str(_place(out, t, len(trained))) for t in trained} if out else {}
     for task in {t.plan.task.name: t.plan.task for t in trained}.values():
-        mine = [t for t in trained if t.plan.task.name == task.name]
+        mine = [t for t in everything if t.plan.task.name == task.name]
         runs.results.append(build_result(backbone, task, mine, command=command, saved=saved))
     runs.tables = [summary_table(result) for result in runs.results]
     if out:
         _write(runs, out, saved)
     return runs
+
+
+def baselines_of(plans: Sequence[Plan]) -> list[Plan]:
+    """Return a head-only plan for each task and seed of `plans` that has none; heads without parameters need none."""
+    kinds = ("classification", "pair_classification", "token_classification")
+    have = {(p.task.fingerprint, p.seed) for p in plans if p.spec == parse("head")}
+    made: dict[tuple[str, int], Plan] = {}
+    for plan in plans:
+        key = (plan.task.fingerprint, plan.seed)
+        if key not in have and plan.task.kind in kinds:
+            settings = dataclasses.replace(plan.settings, lr=None)
+            made.setdefault(key, Plan(parse("head"), plan.task, plan.seed, settings, "head"))
+    return list(made.values())
 
 
 def check_out(out: Path) -> None:
