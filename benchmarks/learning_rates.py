@@ -64,9 +64,9 @@ def best_rates(rows: list[dict[str, str]]) -> dict[str, float]:
 def main() -> None:
     """Measure what is lacking and print the best rates."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tasks", nargs="*", default=["stdlib_package", "stdlib_tags", "stdlib_pair"])
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--tasks", nargs="*", default=["stdlib_pair", "stdlib_tags", "stdlib_package"])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=80)
     arguments = parser.parse_args()
     backbone, methods = load("minilm"), catalogue()
     for name in arguments.tasks:

@@ -142,12 +142,23 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fitted(tmp_path_factory: pytest.TempPathFactory, encoder: Path, named: Path) -> Path:
-    """A folder with three fitted deltas: `lora`, `adapter` and `head`, each on the reviews."""
-    folder = tmp_path_factory.mktemp("fitted")
-    for name in ("lora", "adapter", "head"):
-        words = f"fit --steps 6 --batch 8 --lr 0.02 --delta {name} --backbone {encoder} --task {named} --out {folder / name}"
-        assert main(shlex.split(words)) == 0
-    return folder
+    """The --out of a fit of `lora`, `adapter` and the head alone on the reviews."""
+    out = tmp_path_factory.mktemp("fitted") / "out"
+    line = f"fit --steps 60 --batch 8 --lr 0.01 --backbone {encoder} --task {named} --delta lora adapter head --out {out}"
+    assert main(shlex.split(line)) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def lora(fitted: Path) -> Path:
+    """A fitted LoRA."""
+    return fitted / "named" / "lora" / "0"
+
+
+@pytest.fixture(scope="session")
+def adapter(fitted: Path) -> Path:
+    """A fitted adapter."""
+    return fitted / "named" / "adapter" / "0"
 
 
 @pytest.fixture

@@ -150,7 +150,9 @@ class Adapted(nn.Module):
                 self._recall()
             output = module(*args, **kwargs)
         if inserted:
-            inserted.strip(output, encoder_of_two=len(self.source.anatomy.depth) == 2 and module is not self.source.trunk)
+            inserted.strip(
+                output, encoder_of_two=len(self.source.anatomy.depth) == 2 and module is not self.source.trunk
+            )
         return output
 
     def _checked(self, call: Call, kwargs: dict[str, Any]) -> Call:
@@ -229,8 +231,9 @@ class Adapted(nn.Module):
         if options["use_reentrant"]:
             raise RoutingError("reentrant checkpointing loses the delta's gradients: leave use_reentrant=False")
         # The second name is the older one.
-        enable = getattr(self.backbone, "activation_checkpointing_enable", None) or getattr(
-            self.backbone, "gradient_checkpointing_enable"
+        enable = (
+            getattr(self.backbone, "activation_checkpointing_enable", None)
+            or self.backbone.gradient_checkpointing_enable
         )
         enable(options)
         self._recall()

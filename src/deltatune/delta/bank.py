@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltatune.backbone.sites import Site
 from deltatune.delta.call import Call, Segment
 from deltatune.delta.delta import Delta, generator
-from deltatune.delta.layer import Layer, Params
+from deltatune.delta.layer import Layer, Params, SpanningLayer
 from deltatune.delta.plan import Place, Plan, Run
 from deltatune.errors import RoutingError, UnknownName
 
@@ -44,6 +44,8 @@ class Stack:
         self.position = {id(layer): i for i, layer in enumerate(layers)}
         self.tensors: dict[str, Tensor] = {}
         for name in layers[0].names():
+            if name in layers[0].tied:
+                continue  # a leaf cannot be a view of the stacks of several places
             leaves = [layer.get_parameter(name) for layer in layers]
             stack = torch.stack([leaf.detach() for leaf in leaves])
             for leaf, row in zip(leaves, stack.unbind(0), strict=True):
@@ -154,6 +156,8 @@ class Bank(nn.Module):
                 else values[rows].to(dtype)
                 for name, values in stack.tensors.items()
             }
+            for name in layers[0].tied:
+                tensors[name] = torch.stack([layer.get_parameter(name) for layer in layers]).to(dtype)
         params = Params({name: t[:, None] if t.ndim == 2 else t for name, t in tensors.items()})
         if not grad:
             call.gathered[key] = params
@@ -228,12 +232,31 @@ class Bank(nn.Module):
                 x = dropped(call, run, place, layer.dropout, x)
             x = x.reshape(k, -1, x.shape[-1]) if layer.positionwise else x
         before = h.reshape(k, -1, h.shape[-1]) if layer.positionwise else h
-        after = layer(params, x if layer.reads_input else None, before).reshape(h.shape).to(h.dtype)
+        x = x if layer.reads_input else None
+        if isinstance(layer, SpanningLayer):
+            after = spanned(call, run.deltas[0], layer, params, x, before)
+        else:
+            after = layer(params, x, before)
+        after = after.reshape(h.shape).to(h.dtype)
         if run.scale == 1.0:
             return after
         if not layer.scalable:
             raise RoutingError(f"{type(layer).__name__} cannot act with weight {run.scale}; it takes 0 or 1")
         return h + run.scale * (after - h)
+
+
+def spanned(call: Call, delta: str, layer: SpanningLayer, params: Params, x: Tensor | None, h: Tensor) -> Tensor:
+    """Run a spanning layer with what its delta wrote at other sites in this call. RoutingError if that is not there."""
+    values: dict[str, Tensor] = call.gathered.setdefault(("span", delta), {})
+    lacking = [name for name in layer.reads if name not in values]
+    if lacking:
+        raise RoutingError(
+            f"{type(layer).__name__} of {delta!r} reads {lacking[0]!r} before any of its sites wrote it; "
+            f"written so far: {', '.join(values) or 'nothing'}"
+        )
+    after, written = layer.span(params, x, h, {name: values[name] for name in layer.reads})
+    values.update({name: written[name] for name in layer.writes})
+    return after
 
 
 def dropped(call: Call, run: Run, place: Place, rate: float, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import ORDER, Site
 from deltatune.delta.layer import Layer
-from deltatune.delta.method import Spec, members
-from deltatune.errors import SiteError
+from deltatune.delta.method import Method, Spec, members
+from deltatune.errors import SiteError, UnknownName
 
 
 class Delta(nn.Module):
@@ -38,6 +39,8 @@ class Delta(nn.Module):
             _check_port(layer, site, members(spec)[member].name())
             self.sites[address] = site
             self.layers[address] = layer
+        for number, method in enumerate(members(spec)):
+            tie(method, [layer for address, layer in self.layers.items() if address.startswith(f"{number}/")])  # type: ignore[misc]
 
     @classmethod
     def build(cls, spec: Spec, backbone: Backbone, *, seed: int = 0, name: str = "") -> Delta:
@@ -69,8 +72,8 @@ class Delta(nn.Module):
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors of layers and head by name, detached."""
-        return {name: p.detach() for name, p in self.state_dict().items()}
+        """Return all tensors of layers and head by name, detached; a tied one once, by its first name."""
+        return {name: p.detach() for name, p in self.named_parameters()}
 
     def save(self, folder: str, *, overwrite: bool = False) -> None:
         """Write `delta.json` and `delta.safetensors`; see `deltatune.delta.files.save`."""
@@ -102,6 +105,25 @@ def _check_port(layer: Layer, site: Site, method: str) -> None:
         raise SiteError(f"{method} reads vectors, and the input of 'embed' is token ids; choose another site")
     if layer.port == "kv" and site.heads is None:
         raise SiteError(f"{method} needs attention sites ('attn', 'cross'); it cannot stand at {site.key!r}")
+
+
+def tie(method: Method, layers: Sequence[Layer]) -> None:
+    """Let layers share the parameters that the method's `tie` names, wherever the shapes agree.
+
+    UnknownName if no layer has a parameter of that name. Source of the idea: Compacter, arXiv:2106.04647.
+    """
+    names = tuple(method.tie.replace(",", " ").split())
+    shared: dict[tuple[str, torch.Size], nn.Parameter] = {}
+    known = {name for layer in layers for name in layer.names()}
+    for name in names:
+        if name not in known:
+            raise UnknownName(f"parameter of {method.name()}", name, known, "tie names parameters of its layers")
+    for layer in layers:
+        for name in names:
+            if name in layer._parameters:
+                own = layer.get_parameter(name)
+                layer.register_parameter(name, shared.setdefault((name, own.shape), own))
+        layer.tied = tuple(name for name in names if name in layer._parameters)
 
 
 def generator(seed: int, *keys: object) -> torch.Generator:

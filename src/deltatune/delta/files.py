@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deltatune.backbone.load import Backbone
@@ -150,7 +149,7 @@ def _site(entry: dict[str, Any]) -> Site:
 
 
 def _fill(delta: Delta, tensors: dict[str, Tensor], place: Path) -> None:
-    wanted = delta.state_dict()
+    wanted = delta.tensors()
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or extra:
         parts = [f"lacks {missing[0]!r}" if missing else "", f"has {extra[0]!r} as well" if extra else ""]
@@ -163,8 +162,8 @@ def _fill(delta: Delta, tensors: dict[str, Tensor], place: Path) -> None:
             raise DeltaFileError(
                 f"{place / TENSORS}: {name!r} has shape {tuple(value.shape)}, expected {tuple(wanted[name].shape)}"
             )
-    with torch.no_grad():
-        delta.load_state_dict(tensors, strict=True, assign=True)  # keeps the dtype of the file
+    for name, parameter in delta.named_parameters():
+        parameter.data = tensors[name]  # not copied into: the file's dtype stays
 
 
 def _digest(file: Path) -> str:

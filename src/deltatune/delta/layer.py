@@ -50,6 +50,7 @@ class Layer(nn.Module):
     positionwise: ClassVar[bool] = True
 
     dropout: float = 0.0
+    tied: tuple[str, ...] = ()  # names of parameters that other sites of the same delta share; set by the delta
 
     def static(self) -> tuple[Any, ...]:
         """Constants that forward uses; only layers with equal constants run as one batch."""
@@ -58,7 +59,7 @@ class Layer(nn.Module):
     def kind(self) -> tuple[Any, ...]:
         """Key of the layers that may run as one batch: class, constants and parameter shapes."""
         shapes = tuple((name, tuple(p.shape)) for name, p in self.named_parameters(recurse=False))
-        return (type(self), self.static(), self.dropout, shapes)
+        return (type(self), self.static(), self.dropout, self.tied, shapes)
 
     def names(self) -> Iterator[str]:
         """Names of the parameters, in a fixed order."""
@@ -74,6 +75,24 @@ class Layer(nn.Module):
 
     def merged(self, p: Params, weight: Tensor) -> Tensor:
         """Return the weight [d_out, d_in] that has this layer's effect, for a mergeable layer; p as for one delta."""
+        raise NotImplementedError
+
+
+class SpanningLayer(Layer):
+    """A layer that hands values from one site to another: a gate, a ladder, a shared pool.
+
+    It names what it `writes` and `reads`; the engine carries the values, delta by delta, within one call. It gets whole
+    rows, since such values are often one per row.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    writes: ClassVar[tuple[str, ...]] = ()
+    positionwise: ClassVar[bool] = False
+
+    def span(
+        self, p: Params, x: Tensor | None, h: Tensor, read: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the new tensor at the site and what is written; x and h are [rows, positions, width] of one delta."""
         raise NotImplementedError
 
 
@@ -109,6 +128,7 @@ class WeightLayer(Layer):
     port: ClassVar[Port] = "weight"
     reads_input: ClassVar[bool] = False
     needs: ClassVar[Needs] = "weight-write"
+    scalable: ClassVar[bool] = False
 
     def weight(self, p: Params, name: str, weight: Tensor) -> Tensor:
         """Return the new value of the backbone's parameter `name`."""

@@ -30,6 +30,7 @@ class Method(BaseModel):
 
     at: str
     blocks: str | None = None
+    tie: str = ""  # names of parameters that all sites of one shape share, e.g. LoRA(tie="A")
 
     def __init__(self, **fields: Any) -> None:
         cls = type(self)

@@ -51,7 +51,8 @@ class Plan:
         layers = self._bank.layers_at(place)
         here = [layers.get(s.delta, ()) if s.delta is not None else () for s in self._segments]
         depth = max((len(found) for found in here), default=0)
-        return [self._round([found[j] if j < len(found) else None for found in here]) for j in range(depth)]
+        rounds = (self._round([found[j] if j < len(found) else None for found in here]) for j in range(depth))
+        return [runs for runs in rounds if runs]  # at weight 0 nothing runs
 
     def _round(self, layers: Sequence[Layer | None]) -> tuple[Run, ...]:
         runs: list[Run] = []

@@ -1,6 +1,7 @@
 """Checkpoints: all state of a fit, written whole or not at all, so that a killed fit ends as an unkilled one would.
 
-One file, replaced by a rename: there is no instant without a whole checkpoint, the old one or the new one. What a job draws depends on (task, seed, step) alone, so there is no state of a random generator to keep.
+One file, replaced by a rename: there is no instant without a whole checkpoint, the old one or the new one. What a job
+draws depends on (task, seed, step) alone, so there is no state of a random generator to keep.
 """
 
 from __future__ import annotations

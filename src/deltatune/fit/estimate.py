@@ -51,8 +51,9 @@ def estimate(engine: Engine) -> Estimate:
 
 
 def _tokens(job: Job) -> int:
-    mean = sum(len(e.ids) for e in job.train) / len(job.train)
-    return round(mean * job.plan.settings.batch * (job.steps - job.step))
+    """Tokens of all batches that are left, padding included, as the engine counts them."""
+    batches = map(job.logical_batch, range(job.step, job.steps))
+    return sum(len(batch) * max(len(e.ids) for e in batch) for batch in batches)
 
 
 def _memory(engine: Engine) -> int:

@@ -182,10 +182,7 @@ def versions() -> dict[str, str]:
 def majority_scores(task: Task, *, open_test: bool = True) -> dict[str, dict[str, float]]:
     """Scores of the best constant prediction."""
     guess = majority(task)
-    return {
-        split: scored(task, split, constant(guess, task, task_rows(task, split)))
-        for split in _splits(open_test)
-    }
+    return {split: scored(task, split, constant(guess, task, task_rows(task, split))) for split in _splits(open_test)}
 
 
 def scored(task: Task, split: str, predictions: Sequence[Any]) -> dict[str, float]:

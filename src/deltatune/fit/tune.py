@@ -7,11 +7,13 @@ are not restarted: the survivors of a rung go on from where they stand.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,11 +22,11 @@ from deltatune.compose.expression import parse
 from deltatune.data.task import Task
 from deltatune.delta.delta import Delta
 from deltatune.delta.method import Spec
-from deltatune.errors import SiteError, UserError
+from deltatune.errors import OutputError, SiteError, UserError
 from deltatune.fit import checkpoint
 from deltatune.fit.engine import Engine, Listener, train, working_copy
 from deltatune.fit.estimate import Estimate, estimate
-from deltatune.fit.fit import Trained, finish
+from deltatune.fit.fit import CHECKPOINT_EVERY, Trained, check_splits, finish
 from deltatune.fit.job import Job, Plan, make_jobs
 from deltatune.fit.settings import Settings, resolve_precision
 
@@ -63,7 +65,7 @@ class Budget:
     def parse(cls, text: str) -> Budget:
         """Parse `10m`, `90s`, `1h` or `2000steps`. UserError otherwise."""
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|steps?)\s*", text)
-        if not match or float(match[1]) <= 0:
+        if not match or float(match[1]) <= 0 or (match[2].startswith("step") and "." in match[1]):
             raise UserError(f"budget {text!r}: expected a time such as 10m, 90s or 1h, or steps such as 2000steps")
         number, unit = float(match[1]), match[2]
         if unit.startswith("step"):
@@ -142,11 +144,13 @@ def tune(
     split is opened once. With a folder a stopped run is resumed.
     """
     started = time.monotonic()
+    check_splits([task])
     settings = settings or Settings()
     found, left_out = candidates(backbone, max_params, RATES[-1])
     working = working_copy(backbone, resolve_precision(settings.precision, backbone))
     whole = settings.steps or max(FEWEST, min(round(EPOCHS * len(task.train) / settings.batch), 800))
-    allowed = _allowance(found, task, settings, budget, backbone, working)
+    place = folder / ".checkpoint" if folder else None
+    allowed = _settled(place, budget, partial(_allowance, found, task, settings, budget, backbone, working))
     for rates in RATES:
         found, _ = candidates(backbone, max_params, rates)
         horizon = int(max(FEWEST, min(whole, allowed / _trainings(len(found), seeds))))
@@ -157,7 +161,6 @@ def tune(
     plans.append(Plan(parse(BASELINE), task, seed, settings, BASELINE))
     jobs = make_jobs(plans, working, backbone)
     engine = Engine(jobs, working)
-    place = folder / ".checkpoint" if folder else None
     identity = checkpoint.identity(plans, backbone) if place else ""
     guess: Estimate | None = None
     try:
@@ -202,6 +205,28 @@ def _allowance(
         return float(budget.steps)
     assert budget.seconds is not None
     return budget.seconds * 0.85 / _seconds_per_step(found, task, settings, backbone, working)
+
+
+def _settled(place: Path | None, budget: Budget, measure: Callable[[], float]) -> float:
+    """Return the steps that a budget pays for, measured once: a search that is resumed goes on as it began.
+
+    OutputError if it began with another budget.
+    """
+    if place is None or budget.seconds is None:
+        return measure()
+    file = place / "budget.json"
+    if not file.is_file():
+        allowed = measure()
+        with checkpoint.whole_file(file) as work:
+            work.write_text(json.dumps({"seconds": budget.seconds, "steps": allowed}))
+        return allowed
+    began = json.loads(file.read_text())
+    if began["seconds"] != budget.seconds:
+        raise OutputError(
+            f"{place.parent} holds an unfinished search of {began['seconds']:g} s; finish that one with its own "
+            f"--budget, or choose another --out"
+        )
+    return float(began["steps"])
 
 
 def _seconds_per_step(
@@ -257,7 +282,7 @@ def _keeper(place: Path | None, jobs: Sequence[Job], identity: str) -> Callable[
 
     def keep() -> None:
         nonlocal last
-        if place and time.monotonic() - last > 20:
+        if place and time.monotonic() - last >= CHECKPOINT_EVERY:
             checkpoint.write(place, jobs, identity)
             last = time.monotonic()
 

@@ -18,6 +18,7 @@ LAWS: dict[str, Law] = {
     for law in (
         effect.identity_at_init,
         effect.only_the_delta_learns,
+        effect.mode_and_mask_change_nothing,
         effect.count_is_real,
         effect.stands_or_refuses,
         effect.scales_as_declared,

@@ -57,6 +57,23 @@ def only_the_delta_learns(subject: Subject) -> None:
         demand(same_bits(p, before[name]), f"the backbone's {name} moved")
 
 
+def mode_and_mask_change_nothing(subject: Subject) -> None:
+    """Training mode gives the outputs of evaluation mode, and a mask of ones those of no mask."""
+    backbone = subject.fresh()
+    adapted = Adapted(backbone, [made(subject.spec, backbone)])
+    rows = subject.rows(3)
+    wanted = subject.run(adapted, rows, "subject")
+    adapted.bank.train()
+    agree_rows(subject.run(adapted, rows, "subject"), wanted, "in training mode")
+    rows = subject.rows(3, length=6)
+    for mode in (True, False):
+        adapted.bank.train(mode)
+        batch = subject.batch(rows)
+        wanted = subject.cut(adapted(**batch, deltas="subject"), rows)
+        del batch["attention_mask"]
+        agree_rows(subject.cut(adapted(**batch, deltas="subject"), rows), wanted, "without a mask")
+
+
 def count_is_real(subject: Subject) -> None:
     """`Delta.trainable()` is the number of values that an optimiser would move and that the file would hold."""
     adapted = Adapted(subject.fresh(), [made(subject.spec, subject.fresh())])

@@ -15,12 +15,10 @@ from deltatune.methods.reparameterization.lora import LoRA
 MODES: dict[str, dict[str, Any]] = {
     "greedy with cache": {},
     "greedy without cache": {"use_cache": False},
-    "beams": {"num_beams": 3},
-    "returned beams": {"num_beams": 3, "num_return_sequences": 2},
-    "no repeated pair": {"no_repeat_ngram_size": 2},
-    "total length": {"max_new_tokens": None, "max_length": 14},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "total length, no pair twice": {"max_new_tokens": None, "max_length": 14, "no_repeat_ngram_size": 2},
 }
-ROUTE = ("one", "lora", "two", None, "prefix", "one")
+ROUTE = ("one", "lora", "two", None, "prefix")
 
 
 def generates_as_alone(subject: Subject) -> None:

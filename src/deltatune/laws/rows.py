@@ -91,7 +91,7 @@ def trained_together_is_trained_alone(subject: Subject, steps: int = 50) -> None
         rows, names = _shuffled(subject, shares, step)
         losses = score(subject.run_drawn(together, rows, names, step), rows)
         _advance(losses, optimisers)
-    for name in shares:
+    for name in ("one", "joined", "lora"):
         if not kept[name].trainable():
             continue
         alone = Adapted(subject.fresh(), [kept[name]])

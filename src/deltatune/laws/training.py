@@ -43,9 +43,11 @@ def reentrant_is_refused(subject: Subject) -> None:
         backbone = subject.fresh()
         adapted = Adapted(backbone, [made(subject.spec, backbone)])
         adapted.train()
-        target = backbone.module if directly else adapted
+        # `activation_checkpointing_enable` is the newer name of the backbone's own switch.
+        newer = getattr(backbone.module, "activation_checkpointing_enable", None)
+        enable = newer if directly and newer is not None else adapted.gradient_checkpointing_enable
         try:
-            target.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})  # type: ignore[operator]
+            enable({"use_reentrant": True})
             subject.run(adapted, rows, "subject")
         except RoutingError:
             continue

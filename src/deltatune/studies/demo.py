@@ -20,7 +20,7 @@ from deltatune.fit.settings import Settings, resolve_precision
 from deltatune.studies.result import label_of
 from deltatune.studies.verbs import Announce, Runs, run_plans
 
-TASK, STORY = "stdlib_package", "stdlib_summary"
+TASK, STORY = "stdlib_pair", "stdlib_summary"
 DELTAS = ("lora", "adapter", "parallel_adapter", "prefix", "bitfit", "ia3")
 BASELINES = ("head", "full")
 SEEDS = (0, 1, 2)

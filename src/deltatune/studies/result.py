@@ -14,6 +14,7 @@ from deltatune.data.intervals import bootstrap_paired, interval
 from deltatune.data.metrics import references
 from deltatune.data.task import INPUTS, Row, Task
 from deltatune.fit.fit import Trained, majority_scores, versions
+from deltatune.fit.job import Plan
 from deltatune.fit.tune import Tuned
 from deltatune.studies.schema import HEAD_ONLY, SCHEMA, check_result
 
@@ -93,7 +94,12 @@ def build_result(
 
 def label_of(trained: Trained) -> str:
     """What people call a delta: the expression as asked for; baselines by their plain names."""
-    label = trained.plan.label or str(trained.plan.spec)
+    return planned_label(trained.plan)
+
+
+def planned_label(plan: Plan) -> str:
+    """What people call the delta of a plan."""
+    label = plan.label or str(plan.spec)
     return BASELINES.get(label, label)
 
 
@@ -246,7 +252,8 @@ def sentence(result: dict[str, Any], trained: Sequence[Trained]) -> str:
     if tied:
         apart = f" On dev it could not be told apart from {', '.join(tied)}."
     else:
-        apart = " On dev it is told apart from all." if len(result["summary"]) > 1 else ""
+        others = any(r["dev"]["mean"] is not None for r in result["summary"] if r is not row)
+        apart = " On dev it is told apart from all." if others else ""
     if better:
         apart += f" Better on dev, and no candidate of the choice: {', '.join(better)}."
     return (

@@ -27,7 +27,7 @@ from deltatune.fit.settings import Settings
 from deltatune.fit.tune import Budget
 from deltatune.fit.tune import tune as run_tune
 from deltatune.studies.report import write_report
-from deltatune.studies.result import build_result, label_of
+from deltatune.studies.result import build_result, label_of, planned_label
 from deltatune.studies.schema import SCHEMA
 from deltatune.studies.table import summary_table
 
@@ -160,6 +160,7 @@ def run_plans(
     """
     if out is not None and not dry_run:
         check_out(out)
+    saved = _places(out, plans) if out else {}
     beside = baselines_of(plans)
     everything = fit_plans(
         backbone,
@@ -173,7 +174,6 @@ def run_plans(
     runs = Runs(trained, [], out)
     if dry_run:
         return runs
-    saved = {t.plan.name: str(_place(out, t, len(trained))) for t in trained} if out else {}
     for task in {t.plan.task.name: t.plan.task for t in trained}.values():
         mine = [t for t in everything if t.plan.task.name == task.name]
         runs.results.append(build_result(backbone, task, mine, command=command, saved=saved))
@@ -204,12 +204,19 @@ def check_out(out: Path) -> None:
         raise OutputError(f"{out} exists already and is not empty; choose another --out or remove it")
 
 
-def _place(out: Path | None, trained: Trained, number: int) -> Path:
-    assert out is not None
-    if number == 1:
-        return out
-    name = re.sub(r"[^\w.=-]+", "-", label_of(trained)).strip("-")
-    return out / trained.plan.task.name / name / str(trained.plan.seed)
+def _places(out: Path, plans: Sequence[Plan]) -> dict[str, str]:
+    """Return the folder of each plan by the plan's name. UserError if two would share one."""
+    if len(plans) == 1:
+        return {plans[0].name: str(out)}
+    places: dict[str, str] = {}
+    for plan in plans:
+        label = re.sub(r"[^\w.=-]+", "-", planned_label(plan)).strip("-")
+        place = str(out / plan.task.name / label / str(plan.seed))
+        for other, taken in places.items():
+            if taken == place and other != plan.name:  # a plan that is there twice is found by the fit
+                raise UserError(f"{plan.name!r} and {other!r} would both be saved in {place}; leave one out")
+        places[plan.name] = place
+    return places
 
 
 def _write(runs: Runs, out: Path, saved: dict[str, str]) -> None:

@@ -1,0 +1,71 @@
+"""The number of parameters of each method is the formula of its docstring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from deltatune.backbone.load import Backbone
+from deltatune.delta.catalogue import catalogue
+from deltatune.delta.delta import Delta
+from deltatune.laws.families import FAMILIES
+from tests.laws.subjects import METHODS, backbone
+
+# Written out for the tiny models: width 32, feed-forward 48, 2 blocks a stack, 4 heads of 8 (Llama: 2 of keys and values).
+D, F, V = 32, 48, 99
+KV = {"llama": 16}
+STACKS = {"t5": 2}
+CROSS = {"t5": 1}  # attentions to the encoder, a block of the decoder
+
+
+def sublayers(family: str) -> int:
+    """Attention and feed-forward of each block; attention to an encoder is not among `attn ffn`."""
+    return 2 * 2 * STACKS.get(family, 1)
+
+
+def attentions(family: str) -> int:
+    return 2 * (STACKS.get(family, 1) + CROSS.get(family, 0))
+
+
+def full(family: str) -> int:
+    module = backbone(family).module
+    left_out = ("pooler.", "lm_head.")  # behind the trunk
+    return sum(p.numel() for name, p in module.named_parameters() if not name.startswith(left_out))
+
+
+def biases(family: str) -> int:
+    module = backbone(family).module
+    found = sum(p.numel() for name, p in module.named_parameters() if name.endswith("bias") and "pooler" not in name)
+    if found:
+        return found
+    kv = KV.get(family, D)
+    attention = D + kv + kv + D
+    # Without any bias each linear gets one: q, k, v, o; up, gate (Llama), down.
+    return {"llama": 2 * (attention + F + F + D), "t5": attentions(family) * attention + 4 * (F + D)}[family]
+
+
+FORMULAS: dict[str, Callable[[str], int]] = {
+    "adapter": lambda f: sublayers(f) * (2 * D * 24 + D + 24),
+    "parallel_adapter": lambda f: sublayers(f) // 2 * (2 * D * 24 + D + 24),
+    "ia3": lambda f: 2 * STACKS.get(f, 1) * (2 * KV.get(f, D) + F),
+    "prefix": lambda f: attentions(f) * 2 * 16 * KV.get(f, D),
+    "prompt": lambda f: 20 * D,
+    "full": full,
+    "head": lambda f: 0,
+    "lora": lambda f: 2 * STACKS.get(f, 1) * 8 * ((D + D) + (D + KV.get(f, D))),
+    "bitfit": biases,
+}
+
+
+def test_every_method_has_a_formula() -> None:
+    assert FORMULAS.keys() == set(METHODS)
+    for name, cls in catalogue().items():
+        assert "Parameters: " in (cls.__doc__ or "") or name == "head", f"{name} does not say its number of parameters"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_count_is_the_formula(method: str, family: str) -> None:
+    home: Backbone = backbone(family)
+    assert Delta.build(catalogue()[method](), home).trainable() == FORMULAS[method](family)
