@@ -41,7 +41,10 @@ class Cell:
 def base_model(task: Task, cell: Cell, backbone: str = "minilm") -> nn.Module:
     """Load the transformers model of a task's kind, with a fresh head."""
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # a head is fresh, and transformers says so at length
+    logging.disable_progress_bar()
     tagging = task.kind == "token_classification"
     auto: Any = AutoModelForTokenClassification if tagging else AutoModelForSequenceClassification
     options = {} if cell.dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

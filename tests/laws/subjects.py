@@ -1,4 +1,4 @@
-"""Every method on every family, and the exemptions."""
+"""Every method with its default fields, and some variants, on every family; and the exemptions."""
 
 from __future__ import annotations
 
@@ -9,10 +9,21 @@ from typing import NamedTuple
 
 from deltatune.backbone.load import Backbone
 from deltatune.delta.catalogue import catalogue
+from deltatune.delta.method import Spec
 from deltatune.laws import LAWS, Subject
 from deltatune.laws.families import FAMILIES, tiny
+from deltatune.methods.addition.adapter import Adapter
+from deltatune.methods.addition.ia3 import IA3
+from deltatune.methods.addition.prefix import Prefix
+from deltatune.methods.reparameterization.lora import LoRA
 
-METHODS = tuple(catalogue())
+VARIANTS: dict[str, Spec] = {
+    "lora tied": LoRA(r=4, tie="A"),
+    "adapter tied": Adapter(m=4, tie="down up"),
+    "lora | prefix | ia3": LoRA(r=2, at="ffn.{up,down}") | Prefix(n=3) | IA3(),
+}
+SPECS: dict[str, Spec] = {name: cls() for name, cls in catalogue().items()} | VARIANTS
+METHODS = tuple(SPECS)
 TABLE = Path(__file__).parent / "exemptions.tsv"
 
 
@@ -31,8 +42,8 @@ def backbone(family: str) -> Backbone:
 
 
 def subject(method: str, family: str) -> Subject:
-    """The method with its default fields on a family."""
-    return Subject(catalogue()[method](), backbone(family))
+    """A method or variant on a family."""
+    return Subject(SPECS[method], backbone(family))
 
 
 @cache

@@ -10,7 +10,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.delta.catalogue import catalogue
 from deltatune.delta.delta import Delta
 from deltatune.laws.families import FAMILIES
-from tests.laws.subjects import METHODS, backbone
+from tests.laws.subjects import SPECS, backbone
 
 # Written out for the tiny models: width 32, feed-forward 48, 2 blocks a stack, 4 heads of 8 (Llama: 2 of keys and values).
 D, F, V = 32, 48, 99
@@ -55,17 +55,26 @@ FORMULAS: dict[str, Callable[[str], int]] = {
     "head": lambda f: 0,
     "lora": lambda f: 2 * STACKS.get(f, 1) * 8 * ((D + D) + (D + KV.get(f, D))),
     "bitfit": biases,
+    # A is held once for each stack of equal shapes, B at each site.
+    "lora tied": lambda f: 4 * (D + 2 * STACKS.get(f, 1) * (D + KV.get(f, D))),
+    # D and U are held once, the biases at each site.
+    "adapter tied": lambda f: 2 * D * 4 + sublayers(f) * (D + 4),
+    "lora | prefix | ia3": lambda f: (
+        2 * STACKS.get(f, 1) * 2 * 2 * (D + F)
+        + attentions(f) * 2 * 3 * KV.get(f, D)
+        + 2 * STACKS.get(f, 1) * (2 * KV.get(f, D) + F)
+    ),
 }
 
 
 def test_every_method_has_a_formula() -> None:
-    assert FORMULAS.keys() == set(METHODS)
+    assert FORMULAS.keys() == set(SPECS)
     for name, cls in catalogue().items():
         assert "Parameters: " in (cls.__doc__ or "") or name == "head", f"{name} does not say its number of parameters"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SPECS)
 def test_count_is_the_formula(method: str, family: str) -> None:
     home: Backbone = backbone(family)
-    assert Delta.build(catalogue()[method](), home).trainable() == FORMULAS[method](family)
+    assert Delta.build(SPECS[method], home).trainable() == FORMULAS[method](family)

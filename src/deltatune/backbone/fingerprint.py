@@ -31,13 +31,17 @@ def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
         values = tensor.detach().cpu().contiguous()
         header = f"{key}:{tuple(values.shape)}".encode()
         for name, digest in digests.items():
-            # A value that is exact in the narrower dtype has one form only, so widen to float32 before hashing.
-            wide = torch.promote_types(values.dtype, torch.float32)
-            view = values.to(wide if name == "exact" else ROUNDED[name])
+            # A value that is exact in a narrower dtype has one form only: hash in float32 whatever float32 holds.
+            view = _exact(values) if name == "exact" else values.to(ROUNDED[name])
             digest.update(header)
             digest.update(view.reshape(-1).view(torch.uint8).numpy().data)
     dtype = str(tensors[0][1].dtype).removeprefix("torch.")
     return {"dtype": dtype, **{name: digest.hexdigest() for name, digest in digests.items()}}
+
+
+def _exact(values: torch.Tensor) -> torch.Tensor:
+    wide = values.float()
+    return values if values.dtype == torch.float64 and not torch.equal(wide.double(), values) else wide
 
 
 def compare(saved: dict[str, str], present: dict[str, str]) -> Verdict:

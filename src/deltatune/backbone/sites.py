@@ -125,6 +125,8 @@ def expand_names(pattern: str) -> list[str]:
     outside the vocabulary.
     """
     names: list[str] = []
+    if re.search(r"[{}]", re.sub(r"\{[^{}]*\}", "", pattern)):
+        raise SiteError(f"the braces of {pattern!r} do not match: expected a selection such as 'attn.{{q,v}} ffn'")
     for word in re.findall(r"(?:[^\s,{}]|\{[^}]*\})+", pattern):
         braces = re.fullmatch(r"([^{}]*)\{([^}]*)\}([^{}]*)", word)
         found = [word]
@@ -160,7 +162,7 @@ def block_numbers(blocks: str, depth: int) -> set[int]:
     numbers: set[int] = set()
     for part in blocks.split(","):
         match = re.fullmatch(r"\s*(-?\d+)?\s*(:)?\s*(-?\d+)?\s*", part)
-        if not match or not part.strip():
+        if not match or not part.strip() or (match[3] and not match[2]):
             raise SiteError(f"blocks={blocks!r} does not parse: expected a slice or a list such as '-4:' or '0,2,5'")
         first, colon, last = match.groups()
         if colon:

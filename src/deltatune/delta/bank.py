@@ -57,7 +57,7 @@ class Stack:
         found = [self.position[id(layer)] for layer in layers]
         if found == list(range(found[0], found[0] + len(found))):
             return slice(found[0], found[0] + len(found))
-        return torch.tensor(found, device=next(iter(self.tensors.values())).device)
+        return torch.tensor(found, device=next((t.device for t in self.tensors.values()), None))
 
 
 class Bank(nn.Module):
@@ -147,7 +147,7 @@ class Bank(nn.Module):
         else:
             if not run.stacked:
                 stack = self._stack(place, layers[0])
-                run.stacked.extend((stack, stack.rows(layers)))
+                run.stacked[:] = (stack, stack.rows(layers))  # at once: another thread may do the same
             stack, rows = run.stacked
             read: Callable[..., Tensor] = _Stacked.apply
             tensors = {
@@ -180,8 +180,8 @@ class Bank(nn.Module):
             (delta, layer) for delta, found in self.places[place].items() for layer in found if layer.kind() == kind
         ]
         stack = Stack([layer for _, layer in same])
-        for delta, layer in same:
-            name = next(layer.names())
+        name = next(iter(stack.tensors), None)
+        for delta, layer in same if name is not None else ():
             self.watched.setdefault(delta, (layer._parameters, name, layer.get_parameter(name).data_ptr()))
         return stack
 

@@ -58,12 +58,16 @@ def _tokens(job: Job) -> int:
 
 def _memory(engine: Engine) -> int:
     """Weights; five copies of what is trained (value, gradient, two moments, best); one batch's activations."""
-    backbone = engine.backbone
+    backbone, jobs = engine.backbone, engine.jobs
     size = backbone.dtype.itemsize
-    trained = sum(p.numel() for job in engine.jobs for p in job.parameters())
+    # Beside a copy of less precision stands the original.
+    weights = backbone.parameters * (size if size >= 4 else size + 4)
+    trained = sum(p.numel() for job in jobs for p in job.parameters())
     sites = backbone.anatomy.sites
     kept = sum(s.d_in + s.d_out for s in sites if s.name.startswith(("attn.", "cross.", "ffn.", "norm.")))
-    longest = max((len(e.ids) for job in engine.jobs for e in job.train), default=1)
-    tokens = max(job.plan.settings.tokens for job in engine.jobs)
     heads = sum(s.heads.number for s in sites if s.heads)
-    return int(backbone.parameters * size + trained * 4 * 5 + tokens * (kept + 3 * heads * longest) * size)
+    longest = max((len(e.ids) for job in jobs for e in job.train), default=1)
+    alone = max(job.plan.settings.batch for job in jobs) * longest
+    together = sum(job.plan.settings.batch for job in jobs) * longest
+    tokens = max(alone, min(together, max(job.plan.settings.tokens for job in jobs)))
+    return int(weights + trained * 4 * 5 + tokens * (kept + 3 * heads * longest) * size)
