@@ -48,6 +48,13 @@ def ratio(slow: Sequence[float], fast: Sequence[float], resamples: int = 10_000)
     return Ratio(float(np.median(quotients)), float(low), float(high))
 
 
+def plain(value: Any) -> Any:
+    """Return ratios as plain data."""
+    if isinstance(value, Ratio):
+        return value._asdict()
+    return {name: plain(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
 def interleave(
     variants: Mapping[str, Callable[[int], object]], rounds: int, rows: Rows, key: Row
 ) -> dict[str, list[float]]:

@@ -45,19 +45,14 @@ def measured() -> list[dict[str, str]]:
 
 
 def best_rates(rows: list[dict[str, str]]) -> dict[str, float]:
-    """Return each method's best rate over the tasks; a training that diverged scores 0."""
-    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
+    """Return each method's default rate by the rule above; a training that diverged scores 0."""
+    scores: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         value = float(row["dev"])
-        scores[row["method"], row["task"]].append(0.0 if math.isnan(value) else value)
-    gains: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        value, all_rates = float(row["dev"]), scores[row["method"], row["task"]]
-        gain = (0.0 if math.isnan(value) else value) - sum(all_rates) / len(all_rates)
-        gains[row["method"]][float(row["lr"])].append(gain)
+        scores[row["method"]][float(row["lr"])].append(0.0 if math.isnan(value) else value)
+    means = {m: {lr: sum(v) / len(v) for lr, v in by_rate.items()} for m, by_rate in scores.items()}
     return {
-        method: max(by_rate, key=lambda lr: (sum(by_rate[lr]) / len(by_rate[lr]), -lr))
-        for method, by_rate in gains.items()
+        m: min(lr for lr, v in by_rate.items() if v >= max(by_rate.values()) - 0.02) for m, by_rate in means.items()
     }
 
 

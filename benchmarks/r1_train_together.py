@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from common import Ratio, Rows, interleave, milliseconds, parser, publish, ratio, table, tasks, timed
+from common import Rows, interleave, milliseconds, parser, plain, publish, ratio, table, tasks, timed
 from rival import Cell, Training
 
 from deltatune.backbone.load import Backbone, load
@@ -328,13 +328,6 @@ def main() -> None:
         made[f"batch {setting.batch}, {setting.mix}"] = {**found, "best": str(measured["best"]), **measured["tokens"]}
     first = next(iter(made.values()))
     publish(NAME, "\n\n".join([_gate_told(checked), *texts]), {"gate": checked, **plain(first), "settings": plain(made)}, chosen)
-
-
-def plain(value: Any) -> Any:
-    """Return ratios as plain data."""
-    if isinstance(value, Ratio):
-        return value._asdict()
-    return {name: plain(one) for name, one in value.items()} if isinstance(value, dict) else value
 
 
 def _gate_told(checked: dict[str, Any]) -> str:

@@ -44,3 +44,14 @@ def test_links_between_the_pages_lead_somewhere() -> None:
 def test_files_that_a_page_names_exist(page: str) -> None:
     for name in re.findall(r"`((?:docs|benchmarks|[a-z]+)/[\w/]+\.(?:py|md|tsv))`", (ROOT / page).read_text()):
         assert (ROOT / name).exists() or (ROOT / "src" / "deltatune" / name).exists(), f"{page} names {name}"
+
+
+def test_default_rates_are_the_measured_ones() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import learning_rates
+
+    from deltatune.delta.catalogue import catalogue
+
+    best = learning_rates.best_rates(learning_rates.measured())
+    assert set(best) == set(catalogue()) - {"full"}
+    assert {name: catalogue()[name].lr for name in best} == best

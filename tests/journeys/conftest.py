@@ -14,9 +14,9 @@ import pytest
 
 from deltatune.cli import main
 
-GOOD = "great lovely superb wonderful fine good excellent pleasant".split()
-BAD = "awful broken terrible poor bad horrid useless ugly".split()
-THINGS = "film phone book meal lamp chair".split()
+GOOD = ["great", "lovely", "superb", "wonderful", "fine", "good", "excellent", "pleasant"]
+BAD = ["awful", "broken", "terrible", "poor", "bad", "horrid", "useless", "ugly"]
+THINGS = ["film", "phone", "book", "meal", "lamp", "chair"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ def rows(number: int = 60) -> list[dict[str, str]]:
     made = []
     for i in range(number):
         words = GOOD if i % 2 else BAD
-        made.append({"review": f"the {THINGS[i % 6]} number {i} is {words[i // 2 % 8]}", "stars": "pos" if i % 2 else "neg"})
+        made.append(
+            {"review": f"the {THINGS[i % 6]} number {i} is {words[i // 2 % 8]}", "stars": "pos" if i % 2 else "neg"}
+        )
     return made
 
 
@@ -144,7 +146,9 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fitted(tmp_path_factory: pytest.TempPathFactory, encoder: Path, named: Path) -> Path:
     """The --out of a fit of `lora`, `adapter` and the head alone on the reviews."""
     out = tmp_path_factory.mktemp("fitted") / "out"
-    line = f"fit --steps 60 --batch 8 --lr 0.01 --backbone {encoder} --task {named} --delta lora adapter head --out {out}"
+    line = (
+        f"fit --steps 60 --batch 8 --lr 0.01 --backbone {encoder} --task {named} --delta lora adapter head --out {out}"
+    )
     assert main(shlex.split(line)) == 0
     return out
 

@@ -191,7 +191,9 @@ def test_dry_run(run: Run, encoder: Path, named: Path, tmp_path: Path) -> None:
 
 
 def test_tune(run: Run, encoder: Path, named: Path) -> None:
-    said = run(f"tune {named} --budget 40steps --seeds 1 --batch 4 --max-params 3000 --backbone {encoder} --out best --json")
+    said = run(
+        f"tune {named} --budget 40steps --seeds 1 --batch 4 --max-params 3000 --backbone {encoder} --out best --json"
+    )
     found = said.json()
     assert set(found) == {"schema", "runs", "candidates", "chosen"}
     assert found["chosen"] in {one["delta"] for one in found["candidates"]}
@@ -221,7 +223,9 @@ class TestOtherKinds:
             for i in range(40)
         ]
         write_jsonl(tmp_path / "pairs.jsonl", content)
-        assert run(f"fit --task pairs.jsonl --delta lora --steps 2 --batch 4 --backbone {encoder} --out out").status == 0
+        assert (
+            run(f"fit --task pairs.jsonl --delta lora --steps 2 --batch 4 --backbone {encoder} --out out").status == 0
+        )
         found = run("predict out --json", "the film", "the book", "a", "b").json()["predictions"]
         assert [(one["text"], one["text_b"]) for one in found] == [("the film", "the book"), ("a", "b")]
         assert "expected two for each pair" in run("predict out", "the film").mistake()

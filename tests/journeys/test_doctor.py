@@ -65,7 +65,7 @@ def test_not_a_number(run: Run, lora: Path) -> None:
 
 
 def test_head_alone(run: Run, fitted: Path) -> None:
-    assert codes(run, fitted / "named" / "head" / "0") == {"no-layers"}
+    assert codes(run, fitted / "named" / "head-only" / "0") == {"no-layers"}
 
 
 def test_another_backbone(run: Run, lora: Path, encoder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,21 @@ from deltatune.cli.app import app
 
 from .conftest import Run
 
-VERBS = "demo tune fit predict eval compare sites methods inspect doctor check report reproduce".split()
+VERBS = [
+    "demo",
+    "tune",
+    "fit",
+    "predict",
+    "eval",
+    "compare",
+    "sites",
+    "methods",
+    "inspect",
+    "doctor",
+    "check",
+    "report",
+    "reproduce",
+]
 
 
 def test_all_verbs_are_there() -> None:
@@ -59,7 +73,8 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "wanted"), [("deltatune si", "sites"), ("deltatune sites min", "minilm"), ("deltatune fit --del", "--delta")]
+    ("typed", "wanted"),
+    [("deltatune si", "sites"), ("deltatune sites min", "minilm"), ("deltatune fit --del", "--delta")],
 )
 def test_completion(typed: str, wanted: str) -> None:
     words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_DELTATUNE_COMPLETE": "complete_bash"}

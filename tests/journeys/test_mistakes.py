@@ -209,7 +209,9 @@ class TestDeltas:
         assert "--columns text=COLUMN" in mistake
 
     def test_row_without_text(self, run: Run, tmp_path_factory: pytest.TempPathFactory) -> None:
-        file = write_csv(tmp_path_factory.mktemp("new") / "a.csv", [{"text": "one", "id": "1"}, {"text": " ", "id": "2"}])
+        file = write_csv(
+            tmp_path_factory.mktemp("new") / "a.csv", [{"text": "one", "id": "1"}, {"text": " ", "id": "2"}]
+        )
         assert "line 3 has no text" in run(f"predict {self.delta} {file}").mistake()
 
     def test_predictions_are_not_written_over_a_file(self, run: Run, named: Path) -> None:

@@ -31,7 +31,10 @@ def test_one_run_lands_in_its_folder(run: Run, encoder: Path, named: Path, tmp_p
     assert "deltatune predict 'my run' \"...\"" in said.out
     result = json.loads((tmp_path / "my run" / "result.json").read_text())
     assert result["command"] == shlex.join(
-        ["deltatune", *shlex.split(f"fit --task {named} --delta lora --steps 2 --batch 4 --backbone {encoder} --out 'my run'")]
+        [
+            "deltatune",
+            *shlex.split(f"fit --task {named} --delta lora --steps 2 --batch 4 --backbone {encoder} --out 'my run'"),
+        ]
     )
 
 
@@ -43,7 +46,10 @@ def test_several_runs_land_in_a_tree(run: Run, encoder: Path, named: Path, revie
     runs = said.json()["runs"]
     assert len(runs) == 8
     assert {(r["task"], r["delta"], r["seed"]) for r in runs} == {
-        (task, delta, seed) for task in ("named", "other") for delta in ("lora", "adapter(m=2) | bitfit") for seed in (0, 1)
+        (task, delta, seed)
+        for task in ("named", "other")
+        for delta in ("lora", "adapter(m=2) | bitfit")
+        for seed in (0, 1)
     }
     for one in runs:
         folder = tmp_path / one["saved"]
@@ -149,9 +155,7 @@ def test_full_disk(encoder: Path, named: Path, tmp_path: Path, size: int) -> Non
     assert not {name for name in left if name.startswith("out/delta.") or name.endswith("runs.json")}, left
 
 
-def test_full_disk_under_predictions(
-    run: Run, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_under_predictions(run: Run, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 

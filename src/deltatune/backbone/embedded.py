@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -81,8 +82,9 @@ def _check(file: Path, spec: Embedded) -> None:
             f"{file.name} is not the published file: sha256 {digest}, expected {spec.sha256}; "
             f"install it again: {spec.install}"
         )
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.touch()
+    with contextlib.suppress(OSError):  # without a place to note it, it is checked again next time
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
 
 def _dequantised(name: str, folder: Path, spec: Embedded) -> Path:

@@ -127,6 +127,7 @@ def load(source: str | Path | nn.Module | Backbone, *, dtype: torch.dtype = torc
 
 
 def _from_pretrained(place: str | Path, name: str, dtype: torch.dtype) -> Backbone:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -140,12 +141,16 @@ def _from_pretrained(place: str | Path, name: str, dtype: torch.dtype) -> Backbo
             auto = AutoModelForCausalLM
         else:
             auto = AutoModel
-        module = auto.from_pretrained(place, dtype=dtype)
+        module, found = auto.from_pretrained(place, dtype=dtype, output_loading_info=True)
         processor = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = f"; or install it: {EMBEDDED[name].install}" if name in EMBEDDED else ""
         raise BackboneError(f"cannot load backbone {name!r}: {reason}{fix}") from error
     if processor.pad_token_id is None:
         processor.pad_token = processor.eos_token
-    return Backbone(module.eval(), processor, name)
+    backbone = Backbone(module.eval(), processor, name)
+    lacking = sorted(set(found["missing_keys"]) & set(backbone.anatomy.parameters.values()))
+    if lacking:  # transformers draws them at random and warns
+        raise BackboneError(f"backbone {name!r} lacks the weights {lacking[0]!r} and {len(lacking) - 1} more")
+    return backbone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -20,11 +21,19 @@ _answer: ContextVar[TextIO | None] = ContextVar("deltatune_answer", default=None
 
 @contextmanager
 def own_stdout() -> Iterator[None]:
-    """Keep stdout for `say`: whatever a library prints in the block goes to stderr."""
-    token = _answer.set(sys.stdout)
+    """Keep stdout for `say`: whatever a library prints in the block goes to stderr.
+
+    A reader of stdout that goes away (`| head`) ends the block quietly.
+    """
+    out = sys.stdout
+    token = _answer.set(out)
     try:
         with redirect_stdout(sys.stderr):
             yield
+        out.flush()
+    except BrokenPipeError:
+        # Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
     finally:
         _answer.reset(token)
 

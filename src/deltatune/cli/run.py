@@ -44,10 +44,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         note(f"error: {_usage(error, words)}")
         return error.exit_code
-    except BrokenPipeError:
-        # The reader of a pipe went away (`| head`): stop quietly, and keep Python from flushing into it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         if isinstance(error, OSError) and error.errno in REFUSED:
             note(f"error: {error.filename or 'the system'}: {error.strerror}")

@@ -28,6 +28,7 @@ from deltatune.errors import DeltaFileError, OutputError, UserError
 
 FORMAT = "deltatune.delta/1"
 MANIFEST, TENSORS = "delta.json", "delta.safetensors"
+SEAL = "manifest_sha256"  # of everything else in the manifest
 
 
 def spec_record(spec: Spec) -> list[dict[str, Any]]:
@@ -88,7 +89,8 @@ def _write(delta: Delta, work: Path) -> None:
         "tensors_sha256": _digest(work / TENSORS),
         "record": delta.record,
     }
-    (work / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str) + "\n")
+    plain = json.loads(json.dumps(manifest, default=str))
+    (work / MANIFEST).write_text(json.dumps({**plain, SEAL: _seal(plain)}, indent=1) + "\n")
 
 
 def load(folder: str | Path, backbone: Backbone | None = None, *, verify: bool = True) -> Delta:
@@ -102,14 +104,19 @@ def load(folder: str | Path, backbone: Backbone | None = None, *, verify: bool =
 
     place = Path(folder)
     manifest = _manifest(place)
+    seal = _seal(manifest)
     try:
         spec = spec_from(manifest["spec"])
         sites = [(entry.pop("member"), _site(entry)) for entry in manifest["sites"]]
         delta = Delta(spec, sites, seed=manifest["seed"], name=manifest["name"])
-        delta.backbone_name, delta.fingerprint = manifest["backbone"], manifest["fingerprint"]
-        delta.record, delta.head = manifest["record"], head_from(manifest["head"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DeltaFileError(f"{place / MANIFEST} is damaged: {type(error).__name__} {error}") from error
+        delta.backbone_name = manifest["backbone"]
+        delta.record, delta.head = dict(manifest["record"]), head_from(manifest["head"])
+        delta.fingerprint = dict(manifest["fingerprint"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise DeltaFileError(f"{place / MANIFEST} is damaged: {reason}") from error
+    if seal != manifest.pop(SEAL, None):
+        raise DeltaFileError(f"{place / MANIFEST} was changed after it was saved (its {SEAL} differs)")
     if _digest(place / TENSORS) != manifest["tensors_sha256"]:
         raise DeltaFileError(f"{place / TENSORS} is not the file that was saved with {MANIFEST} (its sha256 differs)")
     try:
@@ -134,7 +141,7 @@ def _manifest(place: Path) -> dict[str, Any]:
         raise DeltaFileError(f"{place} is no saved delta: it lacks {' and '.join(lacking)} and holds {have}")
     try:
         manifest = json.loads((place / MANIFEST).read_text())
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DeltaFileError(f"{place / MANIFEST} is not JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
@@ -166,6 +173,11 @@ def _fill(delta: Delta, tensors: dict[str, Tensor], place: Path) -> None:
         parameter.data = tensors[name]  # not copied into: the file's dtype stays
 
 
+def _seal(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -190,8 +202,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
             os.rename(target, old / "was")
-            os.rename(work, target)
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                os.rename(work, target)
+            except OSError:
+                os.rename(old / "was", target)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(work, target)
     except UserError:

@@ -22,7 +22,7 @@ class Method(BaseModel):
     `lr` is the measured default learning rate, `paper` the source.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     family: ClassVar[Family]
     paper: ClassVar[str]

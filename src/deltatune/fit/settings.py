@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from deltatune.backbone.load import Backbone
-from deltatune.errors import UserError
+from deltatune.errors import UnknownName, UserError
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -51,10 +51,18 @@ class Settings:
         for name in ("batch", "evaluations", "max_length", "tokens", "dev_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: expected 1 or more")
-        if self.lr is not None and not self.lr > 0:
-            raise UserError(f"lr={self.lr}: expected a number above 0")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"steps={self.steps}: expected 1 or more")
+        for name in ("steps", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: expected 1 or more")
+        for name in ("lr", "head_lr", "epochs", "clip"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)}: expected a number above 0")
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"warmup={self.warmup}: expected a share of the steps, 0 to 1")
+        if not self.weight_decay >= 0:
+            raise UserError(f"weight_decay={self.weight_decay}: expected 0 or more")
+        if self.precision not in get_args(Precision):
+            raise UnknownName("precision", self.precision, get_args(Precision))
 
     def total_steps(self, rows: int) -> int:
         """Number of optimiser steps for so many training rows."""

@@ -25,7 +25,7 @@ class Prompt(Method):
 
     family: ClassVar[Family] = "addition"
     paper: ClassVar[str] = "arXiv:2104.08691"
-    lr: ClassVar[float] = 3e-2
+    lr: ClassVar[float] = 1e-3
 
     n: int = Field(default=20, ge=1)
     at: str = "embed"

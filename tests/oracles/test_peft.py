@@ -1,0 +1,231 @@
+"""PEFT as the oracle: with the same weights, the same outputs and the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deltatune.backbone.load import Backbone
+from deltatune.backbone.sites import Site
+from deltatune.delta.adapted import Adapted
+from deltatune.delta.delta import Delta
+from deltatune.delta.layer import Layer
+from deltatune.delta.method import Method
+from deltatune.laws.families import inputs, tiny
+from deltatune.laws.subject import moved
+from deltatune.methods.addition.ia3 import IA3
+from deltatune.methods.addition.prefix import Prefix
+from deltatune.methods.addition.prompt import Prompt
+from deltatune.methods.reparameterization.lora import LoRA
+
+LINEARS = {
+    "bert": {"attn.q": "query", "attn.k": "key", "attn.v": "value", "ffn.up": "intermediate.dense", "ffn.down": "output.dense"},
+    "llama": {"attn.q": "q_proj", "attn.k": "k_proj", "attn.v": "v_proj", "ffn.up": "up_proj", "ffn.down": "down_proj"},
+    "t5": {"attn.q": "SelfAttention.q", "attn.k": "SelfAttention.k", "attn.v": "SelfAttention.v", "ffn.up": "wi", "ffn.down": "wo"},
+}  # fmt: skip
+Pairs = list[tuple[Tensor, Tensor]]  # ours, theirs
+
+
+def attached(spec: Method, family: str) -> Adapted:
+    backbone = Backbone(tiny(family))
+    return Adapted(backbone, [moved(Delta.build(spec, backbone, name="ours"))])
+
+
+def compared(
+    ours: Adapted, theirs: nn.Module, family: str, copy: Callable[[], None], gradients: Callable[[], Pairs], **more: Tensor
+) -> None:
+    """Copy our weights over; demand equal outputs, then equal gradients of a random projection of them."""
+    with torch.no_grad():
+        copy()
+    batch = inputs(family)
+    mask = batch["attention_mask"].bool()
+    prompted = isinstance(ours.bank["ours"].spec, Prompt)
+    ours.bank.train(False)
+    theirs.eval()
+    first = ours(**batch, **more)[0]
+    second = theirs(**batch)[0]
+    second = second[:, -first.shape[1] :] if prompted else second
+    kept = torch.ones(first.shape[:2], dtype=torch.bool) if family == "t5" else mask
+    assert first.shape == second.shape
+    torch.testing.assert_close(first[kept], second[kept], rtol=1e-5, atol=1e-5)
+    bare = ours(**batch, deltas=None)[0]
+    assert float((bare - first)[kept].detach().abs().max()) > 1e-2  # else all of this would say nothing
+    weights = torch.randn(first[kept].shape, generator=torch.Generator().manual_seed(1))
+    (first[kept] * weights).sum().backward()
+    (second[kept] * weights).sum().backward()
+    pairs = gradients()
+    assert pairs
+    for own, other in pairs:
+        assert float(other.abs().max()) > 0
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def each(ours: Adapted) -> list[tuple[Site, Layer]]:
+    return ours.bank["ours"].at_sites()
+
+
+def grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_lora(family: str) -> None:
+    names = LINEARS[family]
+    # BERT's output.dense is in the attention too, and names that part of a path would match both.
+    part = ["attn.q", "attn.v", "ffn.up"] + ([] if family == "bert" else ["ffn.down"])
+    ours = attached(LoRA(r=3, alpha=7.0, at=" ".join(part)), family)
+    config = peft.LoraConfig(r=3, lora_alpha=7, lora_dropout=0.0, target_modules=[names[p] for p in part], bias="none")
+    theirs = peft.get_peft_model(tiny(family), config)
+
+    def module(site: Site) -> nn.Module:
+        return theirs.get_submodule(f"base_model.model.{site.exit}")
+
+    def copy() -> None:
+        for site, layer in each(ours):
+            module(site).lora_A["default"].weight.copy_(layer.A)
+            module(site).lora_B["default"].weight.copy_(layer.B)
+
+    def gradients() -> Pairs:
+        found = []
+        for site, layer in each(ours):
+            found.append((grad(layer.A), grad(module(site).lora_A["default"].weight)))
+            found.append((grad(layer.B), grad(module(site).lora_B["default"].weight)))
+        return found
+
+    compared(ours, theirs, family, copy, gradients)
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
+
+
+def test_lora_on_the_fused_linear_of_gpt2() -> None:
+    """Two products of rank r on the views q and v are one of rank 2r on the whole, with zeros where they do not meet."""
+    r, width = 3, 32
+    ours = attached(LoRA(r=r, alpha=6.0, at="attn.{q,v}"), "gpt2")
+    config = peft.LoraConfig(
+        r=2 * r, lora_alpha=12, lora_dropout=0.0, target_modules=["c_attn"], bias="none", fan_in_fan_out=True
+    )
+    theirs = peft.get_peft_model(tiny("gpt2"), config)
+
+    def parts(layer: Layer, site: Site) -> tuple[Tensor, Tensor, slice, slice]:
+        module = theirs.get_submodule(f"base_model.model.{site.exit}")
+        rows = slice(0, r) if site.name == "attn.q" else slice(r, 2 * r)
+        out = slice(0, width) if site.name == "attn.q" else slice(2 * width, 3 * width)
+        return module.lora_A["default"].weight, module.lora_B["default"].weight, rows, out
+
+    def copy() -> None:
+        for site, layer in each(ours):
+            A, B, rows, out = parts(layer, site)
+            A[rows] = layer.A
+            if site.name == "attn.q":
+                B.zero_()
+            B[out, rows] = layer.B
+
+    def gradients() -> Pairs:
+        found = []
+        for site, layer in each(ours):
+            A, B, rows, out = parts(layer, site)
+            found += [(grad(layer.A), grad(A)[rows]), (grad(layer.B), grad(B)[out, rows])]
+        return found
+
+    compared(ours, theirs, "gpt2", copy, gradients)
+
+
+def test_lora_on_the_other_linears_of_gpt2() -> None:
+    ours = attached(LoRA(r=2, alpha=2.0, at="attn.o ffn.{up,down}"), "gpt2")
+    config = peft.LoraConfig(r=2, lora_alpha=2, lora_dropout=0.0, target_modules=["c_proj", "c_fc"], fan_in_fan_out=True)
+    theirs = peft.get_peft_model(tiny("gpt2"), config)
+
+    def module(site: Site) -> nn.Module:
+        return theirs.get_submodule(f"base_model.model.{site.exit}")
+
+    def copy() -> None:
+        for site, layer in each(ours):
+            module(site).lora_A["default"].weight.copy_(layer.A)
+            module(site).lora_B["default"].weight.copy_(layer.B)
+
+    compared(
+        ours, theirs, "gpt2", copy, lambda: [(grad(la.A), grad(module(s).lora_A["default"].weight)) for s, la in each(ours)]
+    )
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_ia3(family: str) -> None:
+    names = LINEARS[family]
+    down = [r".*layer\.\d+\.output\.dense"] if family == "bert" else [names["ffn.down"]]
+    wanted = [names["attn.k"], names["attn.v"], *down]
+    config = peft.IA3Config(
+        target_modules="|".join(rf".*{n}" for n in wanted) if family == "bert" else wanted,
+        feedforward_modules=down[0] if family == "bert" else down,
+    )
+    ours = attached(IA3(), family)
+    theirs = peft.get_peft_model(tiny(family), config)
+
+    def vector(site: Site) -> Tensor:
+        return theirs.get_submodule(f"base_model.model.{site.exit}").ia3_l["default"]
+
+    def copy() -> None:
+        for site, layer in each(ours):
+            vector(site).view(-1).copy_(layer.scale)
+
+    compared(ours, theirs, family, copy, lambda: [(grad(la.scale), grad(vector(s)).view(-1)) for s, la in each(ours)])
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
+
+
+def test_ia3_on_gpt2() -> None:
+    config = peft.IA3Config(
+        target_modules=r".*(c_attn|mlp\.c_proj)", feedforward_modules=r".*mlp\.c_proj", fan_in_fan_out=True
+    )
+    ours = attached(IA3(), "gpt2")
+    theirs = peft.get_peft_model(tiny("gpt2"), config)
+
+    def vector(site: Site) -> Tensor:
+        whole = theirs.get_submodule(f"base_model.model.{site.exit}").ia3_l["default"].view(-1)
+        return whole if site.view is None else whole[site.view.start : site.view.stop]
+
+    def gradient(site: Site) -> Tensor:
+        whole = grad(theirs.get_submodule(f"base_model.model.{site.exit}").ia3_l["default"]).view(-1)
+        return whole if site.view is None else whole[site.view.start : site.view.stop]
+
+    def copy() -> None:
+        for site, layer in each(ours):
+            vector(site).copy_(layer.scale)
+
+    compared(ours, theirs, "gpt2", copy, lambda: [(grad(la.scale), gradient(s)) for s, la in each(ours)])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_prompt(family: str) -> None:
+    ours = attached(Prompt(n=4), family)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    theirs = peft.get_peft_model(tiny(family), config)
+    table = theirs.prompt_encoder["default"].embedding.weight
+    prompt = each(ours)[0][1].get_parameter("prompt")
+    compared(ours, theirs, family, lambda: table.copy_(prompt), lambda: [(grad(prompt), grad(table))])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_prefix(family: str) -> None:
+    """PEFT puts the prefix into the cache, which moves the text's positions on; ours has none, so we say them here."""
+    n, depth = 4, 2
+    ours = attached(Prefix(n=n), family)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n, prefix_projection=False)
+    theirs = peft.get_peft_model(tiny(family), config)
+    table = theirs.prompt_encoder["default"].embedding.weight  # [n, depth * (keys, values) * heads * width]
+
+    def side_by_side(pick: Callable[[Tensor], Tensor]) -> Tensor:
+        layers = {site.block: layer for site, layer in each(ours)}
+        return torch.cat([pick(getattr(layers[i], name)) for i in range(depth) for name in ("keys", "values")], dim=1)
+
+    positions = torch.arange(n, n + inputs(family)["input_ids"].shape[1])[None]
+    compared(
+        ours,
+        theirs,
+        family,
+        lambda: table.copy_(side_by_side(lambda p: p)),
+        lambda: [(side_by_side(grad), grad(table))],
+        position_ids=positions,
+    )
