@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -184,7 +185,10 @@ def gate(ours: Ours, peft: Peft, names: Sequence[str], ids: Tensor) -> dict[str,
 
 
 def search(peft: Peft, k: int, names: Sequence[str], ids: Tensor, rows: Rows, model: str) -> Cell:
-    """Return PEFT's fastest cell for k LoRAs: each runs five times, the median counts."""
+    """Return PEFT's fastest cell for k LoRAs: the median of five runs counts.
+
+    A cell whose first run after a warm-up takes over twice the best so far is not run again.
+    """
     threads = sorted({1, torch.get_num_threads()})
     found: dict[Cell, float] = {}
     for values in itertools.product(("float32", "bfloat16"), ("sdpa", "eager"), threads, sorted({k, ROWS}), (True, False)):
@@ -193,8 +197,10 @@ def search(peft: Peft, k: int, names: Sequence[str], ids: Tensor, rows: Rows, mo
         if not rows.matching(**key):
             run = peft.run(cell, names, ids)
             run(0)
-            rows.add({**key, "times": [timed(run, n) for n in range(5)]})
-        found[cell] = sorted(rows.matching(**key)[0]["times"])[2]
+            first = timed(run, 0)
+            hopeless = bool(found) and first > 2 * min(found.values())
+            rows.add({**key, "times": [first] if hopeless else [first, *(timed(run, n) for n in range(1, 5))]})
+        found[cell] = statistics.median(rows.matching(**key)[0]["times"])
     return min(found, key=found.__getitem__)
 
 

@@ -68,13 +68,18 @@ def test_inspect(run: Run, lora: Path) -> None:
     assert "SequenceClassification" in run(f"inspect {lora}").out
 
 
-def test_predict_texts(run: Run, lora: Path) -> None:
-    found = run(f"predict {lora} --json", "the film number 3 is great", "the film number 4 is awful").json()
-    assert [one["label"] for one in found["predictions"]] == ["pos", "neg"]
-    assert all(0.5 <= one["confidence"] <= 1 for one in found["predictions"])
-    shown = run(f"predict {lora}", "the film is great").out
+def test_predict_texts(run: Run, lora: Path, named: Path) -> None:
+    of_file = {one["label"]: one for one in run(f"predict {lora} {named} --json").json()["predictions"]}
+    assert set(of_file) == {"neg", "pos"}
+    found = run(f"predict {lora} --json", *(one["text"] for one in of_file.values())).json()
+    assert set(found) == {"delta", "backbone", "task", "predictions"}
+    assert [one["label"] for one in found["predictions"]] == list(of_file)
+    for one in found["predictions"]:
+        assert 0.5 <= one["confidence"] <= 1
+        assert one["confidence"] == pytest.approx(of_file[one["label"]]["confidence"], abs=0.02)
+    shown = run(f"predict {lora}", of_file["pos"]["text"]).out
     assert "pos" in shown
-    assert "the film is great" in shown
+    assert of_file["pos"]["text"] in shown
 
 
 def test_predict_a_file(run: Run, lora: Path, reviews: Path, tmp_path: Path) -> None:

@@ -16,18 +16,7 @@ from deltatune.cli.app import app
 from .conftest import Run
 
 VERBS = [
-    "demo",
-    "tune",
-    "fit",
-    "predict",
-    "eval",
-    "compare",
-    "sites",
-    "methods",
-    "inspect",
-    "doctor",
-    "check",
-    "report",
+    *("demo", "tune", "fit", "predict", "eval", "compare", "sites", "methods", "inspect", "doctor", "check", "report"),
     "reproduce",
 ]
 

@@ -18,7 +18,9 @@ def test_walk(run: Run, reviews: Path) -> None:
     assert said.status == 0, said.err
     assert "step 1/10" in said.err
     lora, both = "out/reviews/lora/0", "out/reviews/adapter-bitfit/0"
-    found = run(f"predict {lora} --json", "What a lovely film!", "It arrived broken.").json()["predictions"]
+    found = run(f"predict {lora} --json", "the film number 3 is great", "the phone number 8 is broken").json()[
+        "predictions"
+    ]
     assert [one["label"] for one in found] == ["pos", "neg"]
     score = run(f"eval {lora} --task {reviews} {columns} --json").json()
     assert score["score"]["value"] > score["majority"]

@@ -1,4 +1,4 @@
-"""A user's mistake is one line: what was got, what was expected, the nearest names, the fix; nothing is half-written."""
+"""A user's mistake is one line: got, expected, the nearest names, the fix; nothing is half-written."""
 
 from __future__ import annotations
 

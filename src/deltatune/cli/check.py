@@ -86,7 +86,7 @@ def _faults(broken: Sequence[Any]) -> Any:
 
 @contextmanager
 def imported(file: Path) -> Iterator[list[type[Method]]]:
-    """Import a file for as long as the block runs and yield the methods that it defines.
+    """Import a file and yield the methods that it defines; its module can be found for as long as the block runs.
 
     UserError if it cannot be imported, or defines no method, or one whose name is taken.
     """
@@ -105,7 +105,6 @@ def imported(file: Path) -> Iterator[list[type[Method]]]:
         yield methods
     finally:
         del sys.modules[module.__name__]
-        catalogue.cache_clear()
 
 
 def _module(file: Path) -> ModuleType:
