@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -58,7 +58,9 @@ class Setting:
             steps=STEPS, batch=self.batch, max_length=self.length, probe=False, precision=precision, evaluations=1
         )
         methods = itertools.cycle(MIXES[self.mix])
-        return [Plan(parse(method), task, seed, settings, method) for task, method in zip(loaded, methods, strict=False)]
+        return [
+            Plan(parse(method), task, seed, settings, method) for task, method in zip(loaded, methods, strict=False)
+        ]
 
 
 class Ours:
@@ -74,7 +76,9 @@ class Ours:
         for job in self.jobs:
             job.step = step
 
-    def block(self, steps: int, *, joined: bool = True, batched: bool = True, plain: bool = True) -> Callable[[int], None]:
+    def block(
+        self, steps: int, *, joined: bool = True, batched: bool = True, plain: bool = True
+    ) -> Callable[[int], None]:
         """Return a run of some steps of all jobs, with one factor taken away if asked."""
         groups = [self.jobs] if joined else [[job] for job in self.jobs]
 
@@ -224,7 +228,9 @@ def gate(setting: Setting, loaded: Sequence[Task], backbone: Backbone, rows: Row
         found: dict[str, Any] = stored[0]["found"]
         return found
     together, alone = (losses(setting.plans(loaded, "float32"), backbone, steps, joined) for joined in (True, False))
-    largest = max(abs(a - b) for x, y in zip(together["train"], alone["train"], strict=True) for a, b in zip(x, y, strict=True))
+    largest = max(
+        abs(a - b) for x, y in zip(together["train"], alone["train"], strict=True) for a, b in zip(x, y, strict=True)
+    )
     plans, other = setting.plans(loaded, "auto"), setting.plans(loaded, "auto", seed=1)
     joint, single, reseeded = (
         losses(p, backbone, steps, joined)["dev"] for p, joined in ((plans, True), (plans, False), (other, False))
@@ -249,7 +255,9 @@ def losses(plans: Sequence[Plan], backbone: Backbone, steps: int, joined: bool) 
             ours.engine.step(ours.jobs)
         for job in ours.jobs:
             found["train"].append(list(job.losses))
-            held = collate(job.head.encode(job.plan.task.dev[:32], ours.working, job.plan.settings.max_length), ours.working)
+            held = collate(
+                job.head.encode(job.plan.task.dev[:32], ours.working, job.plan.settings.max_length), ours.working
+            )
             with torch.no_grad():
                 found["dev"].append(float(ours.engine.losses([job], [held])[0]))
         ours.engine.close()
@@ -327,7 +335,12 @@ def main() -> None:
         texts.append(told(setting, measured, found, len(loaded), chosen.steps))
         made[f"batch {setting.batch}, {setting.mix}"] = {**found, "best": str(measured["best"]), **measured["tokens"]}
     first = next(iter(made.values()))
-    publish(NAME, "\n\n".join([_gate_told(checked), *texts]), {"gate": checked, **plain(first), "settings": plain(made)}, chosen)
+    publish(
+        NAME,
+        "\n\n".join([_gate_told(checked), *texts]),
+        {"gate": checked, **plain(first), "settings": plain(made)},
+        chosen,
+    )
 
 
 def _gate_told(checked: dict[str, Any]) -> str:

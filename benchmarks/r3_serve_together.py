@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from common import Ratio, Rows, interleave, milliseconds, parser, plain, publish, ratio, table, timed
+from common import Rows, interleave, milliseconds, parser, plain, publish, ratio, table, timed
 from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone, load
@@ -191,7 +191,9 @@ def search(peft: Peft, k: int, names: Sequence[str], ids: Tensor, rows: Rows, mo
     """
     threads = sorted({1, torch.get_num_threads()})
     found: dict[Cell, float] = {}
-    for values in itertools.product(("float32", "bfloat16"), ("sdpa", "eager"), threads, sorted({k, ROWS}), (True, False)):
+    for values in itertools.product(
+        ("float32", "bfloat16"), ("sdpa", "eager"), threads, sorted({k, ROWS}), (True, False)
+    ):
         cell = Cell(*values)
         key = {"search": asdict(cell), "model": model, "k": k}
         if not rows.matching(**key):
@@ -227,7 +229,9 @@ def measure(backbone: Backbone, rows: Rows, options: Any) -> tuple[dict[str, Any
         variants["ours, float32, loop over deltas"] = ours["float32"].run(names, ids, batched=False)
         seconds = interleave(variants, options.rounds, rows, {"model": backbone.name, "k": k, "best": asdict(best)})
         found[k] = {"seconds": seconds, "best": best}
-        print(f"{backbone.name}, k={k}: {', '.join(f'{n} {milliseconds(s)} ms' for n, s in seconds.items())}", flush=True)
+        print(
+            f"{backbone.name}, k={k}: {', '.join(f'{n} {milliseconds(s)} ms' for n, s in seconds.items())}", flush=True
+        )
         if k != ROWS:
             peft.forget(k)
     return checked, found
@@ -236,7 +240,11 @@ def measure(backbone: Backbone, rows: Rows, options: Any) -> tuple[dict[str, Any
 def ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Return the ratios for one k; PEFT's best is compared with the faster dtype of ours, its defaults with float32."""
     wide, narrow = seconds["ours, float32"], seconds["ours, bfloat16"]
-    mine, bare = min((wide, seconds["bare, float32"]), (narrow, seconds["bare, bfloat16"]), key=lambda p: sorted(p[0])[len(wide) // 2])
+    mine, bare = min(
+        (wide, seconds["bare, float32"]),
+        (narrow, seconds["bare, bfloat16"]),
+        key=lambda p: sorted(p[0])[len(wide) // 2],
+    )
     return {
         "over_default": ratio(seconds["PEFT, defaults"], wide),
         "over_tuned": ratio(seconds["PEFT, best"], mine),
@@ -254,7 +262,11 @@ def told(model: str, checked: dict[str, Any], found: dict[int, dict[str, Any]]) 
         lines.append(
             (
                 k,
-                *(milliseconds(seconds[f"{who}, {dtype}"]) for dtype in ("float32", "bfloat16") for who in ("bare", "ours")),
+                *(
+                    milliseconds(seconds[f"{who}, {dtype}"])
+                    for dtype in ("float32", "bfloat16")
+                    for who in ("bare", "ours")
+                ),
                 milliseconds(seconds["PEFT, defaults"]),
                 r["over_default"],
                 milliseconds(seconds["PEFT, best"]),
@@ -291,7 +303,9 @@ def main() -> None:
         texts.append(told(model, checked, found))
     head = made[f"{chosen.models[0]}, {chosen.k[-1]}"]
     passed = all(one["passed"] for one in gates.values())
-    publish(NAME, "\n\n".join(texts), {"gate": {"passed": passed, **gates}, **plain(head), "settings": plain(made)}, chosen)
+    publish(
+        NAME, "\n\n".join(texts), {"gate": {"passed": passed, **gates}, **plain(head), "settings": plain(made)}, chosen
+    )
 
 
 if __name__ == "__main__":

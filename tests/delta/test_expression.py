@@ -90,7 +90,9 @@ def specs(cls: type[Method]) -> st.SearchStrategy[Method]:
     }
     fields = {}
     for name, field in cls.model_fields.items():
-        bounds = {type(m).__name__: next(iter(vars(m).values()), None) for m in field.metadata if hasattr(m, "__dict__")}
+        bounds = {
+            type(m).__name__: next(iter(vars(m).values()), None) for m in field.metadata if hasattr(m, "__dict__")
+        }
         bounds |= {type(m).__name__: getattr(m, attribute) for m in field.metadata
                    for attribute in ("ge", "gt", "le", "lt") if hasattr(m, attribute)}  # fmt: skip
         low = bounds.get("Ge", bounds.get("Gt"))

@@ -292,7 +292,10 @@ LIMITED = textwrap.dedent("""
 def test_real_write_that_fails_leaves_nothing(tmp_path: Path, limit: int) -> None:
     """A limit on the size of files, which the tensors run into (1,000), or the manifest after them (40,000)."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path), str(limit)], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path), str(limit)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -309,7 +312,9 @@ def test_place_that_cannot_be_written(tmp_path: Path, bert: Backbone) -> None:
     assert (tmp_path / "file").read_text() == "text"
 
 
-def test_exception_while_writing_leaves_nothing(tmp_path: Path, bert: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exception_while_writing_leaves_nothing(
+    tmp_path: Path, bert: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 

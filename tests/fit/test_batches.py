@@ -54,7 +54,9 @@ def test_method_rate_and_neighbours_do_not_change_it_and_the_seed_and_the_task_d
 
 def test_the_engine_trains_on_the_logical_batches_at_their_own_length(monkeypatch):
     on = backbone()
-    short, long = jobs_of([plan("lora", task(name="short", longest=4)), plan("lora", task(name="long", longest=20))], on)
+    short, long = jobs_of(
+        [plan("lora", task(name="short", longest=4)), plan("lora", task(name="long", longest=20))], on
+    )
     seen = []
     for job in (short, long):
         own = type(job.head).loss

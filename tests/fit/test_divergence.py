@@ -17,7 +17,11 @@ from deltatune.studies.result import build_result
 from deltatune.studies.table import summary_table
 
 SETTINGS = dataclasses.replace(QUICK, steps=15, precision="auto")
-GOOD = [plan("lora", task(), 1, SETTINGS), plan("adapter", task(), 2, SETTINGS), plan("prefix(n=2)", task(), 3, SETTINGS)]
+GOOD = [
+    plan("lora", task(), 1, SETTINGS),
+    plan("adapter", task(), 2, SETTINGS),
+    plan("prefix(n=2)", task(), 3, SETTINGS),
+]
 
 
 def spoil_weights(job):

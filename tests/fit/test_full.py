@@ -20,7 +20,11 @@ STEPS = 20
 def test_it_equals_a_plain_loop_in_float64(family):
     settings = dataclasses.replace(QUICK, steps=STEPS, precision="auto", lr=1e-3, head_lr=2e-3)
     # A prefix and another full tuning beside it: each delta of weights runs by itself.
-    plans = [plan("full", task(), 0, settings), plan("prefix(n=2)", task(), 0, settings), plan("full", task(), 1, settings)]
+    plans = [
+        plan("full", task(), 0, settings),
+        plan("prefix(n=2)", task(), 0, settings),
+        plan("full", task(), 1, settings),
+    ]
     on = backbone(family, torch.float64)
     untouched = {name: value.clone() for name, value in on.module.state_dict().items()}
     jobs = jobs_of(plans, on)

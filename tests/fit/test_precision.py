@@ -59,7 +59,9 @@ def test_bfloat16_learns_what_float32_learns():
     data = task(name="many", rows=90)
     plans = [plan("adapter", data, seed, lr=1e-2, steps=60) for seed in (0, 1)]
     exact = fit_plans(backbone(), plans)
-    rounded = fit_plans(backbone(), [plan("adapter", data, seed, lr=1e-2, steps=60, precision="bfloat16") for seed in (0, 1)])
+    rounded = fit_plans(
+        backbone(), [plan("adapter", data, seed, lr=1e-2, steps=60, precision="bfloat16") for seed in (0, 1)]
+    )
     for one, other in zip(exact, rounded, strict=True):
         assert other.curve[-1].loss == pytest.approx(one.curve[-1].loss, abs=0.1)
         assert other.dev_score == pytest.approx(one.dev_score, abs=0.26)

@@ -72,7 +72,9 @@ def test_tokens_give_a_vector_for_each_word_that_is_counted():
     assert len(x) == len(y) == sum(len(row["tokens"]) for row in data.train)
     assert [data.labels[i] for i in y.tolist()] == [tag for row in data.train for tag in row["tags"]]
     with torch.no_grad():
-        one = on.trunk(**on.processor(" ".join(data.train[0]["tokens"]), return_tensors="pt")).last_hidden_state[0, 1:-1]
+        one = on.trunk(**on.processor(" ".join(data.train[0]["tokens"]), return_tensors="pt")).last_hidden_state[
+            0, 1:-1
+        ]
     assert torch.allclose(x[: len(one)], one, atol=1e-5)
     before = float((head.linear(x).argmax(dim=1) == y).float().mean())
     head.load_state_dict(probe(head, train, dev, on))

@@ -51,7 +51,9 @@ def test_every_job_has_its_own_rate_for_its_delta_and_its_head():
 
 def test_steps_equal_plain_adamw_with_clip_and_schedule():
     """The loop itself, against a few lines of torch on a copy of the delta and the head."""
-    settings = dataclasses.replace(QUICK, precision="auto", steps=10, lr=2e-2, clip=0.05, weight_decay=0.1, head_lr=1e-2)
+    settings = dataclasses.replace(
+        QUICK, precision="auto", steps=10, lr=2e-2, clip=0.05, weight_decay=0.1, head_lr=1e-2
+    )
     engine, (job,) = engine_of([plan("lora", task(), 0, settings)], torch.float64)
     on = backbone(dtype=torch.float64)
     (other,) = jobs_of([plan("lora", task(), 0, settings)], on)
@@ -66,7 +68,9 @@ def test_steps_equal_plain_adamw_with_clip_and_schedule():
         engine.step([job])
         batch = collate(other.logical_batch(step), on)
         hidden = adapted(**batch.inputs).last_hidden_state
-        mean = (hidden * batch.inputs["attention_mask"][:, :, None]).sum(1) / batch.inputs["attention_mask"].sum(1)[:, None]
+        mean = (hidden * batch.inputs["attention_mask"][:, :, None]).sum(1) / batch.inputs["attention_mask"].sum(1)[
+            :, None
+        ]
         scores = other.head.linear(mean)
         loss = torch.nn.functional.cross_entropy(scores, torch.tensor([e.target for e in batch.examples]))
         optimiser.zero_grad()

@@ -63,13 +63,12 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 
 
 def rows(number: int = 60) -> list[dict[str, str]]:
-    """Return short reviews, half of them good, that one word gives away."""
+    """Return short reviews, half of them good; the last word alone tells which."""
     made = []
     for i in range(number):
         words = GOOD if i % 2 else BAD
-        made.append(
-            {"review": f"the {THINGS[i % 6]} number {i} is {words[i // 2 % 8]}", "stars": "pos" if i % 2 else "neg"}
-        )
+        text = f"the {THINGS[i // 2 % 6]} number {i // 2} is {words[i // 2 % 8]}"
+        made.append({"review": text, "stars": "pos" if i % 2 else "neg"})
     return made
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from tests.laws.subjects import SPECS, backbone
 
 from deltatune.backbone.load import Backbone
 from deltatune.delta.catalogue import catalogue
 from deltatune.delta.delta import Delta
 from deltatune.laws.families import FAMILIES
-from tests.laws.subjects import SPECS, backbone
 
-# Written out for the tiny models: width 32, feed-forward 48, 2 blocks a stack, 4 heads of 8 (Llama: 2 of keys and values).
+# Written out for the tiny models: width 32, feed-forward 48, 2 blocks a stack, 4 heads of 8 (Llama: 2 of keys and
+# values).
 D, F, V = 32, 48, 99
 KV = {"llama": 16}
 STACKS = {"t5": 2}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 
 import pytest
+from tests.laws.subjects import METHODS, TABLE, Case, exemptions, subject
 
 from deltatune.errors import UserError
 from deltatune.laws import LAWS, LawBroken
 from deltatune.laws.families import FAMILIES
-from tests.laws.subjects import METHODS, TABLE, Case, exemptions, subject
 
 MOST = 7  # rows; may be lowered, never raised
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tests.laws.subjects import METHODS, Case, covering, exemptions, subject
 
 from deltatune.laws import LAWS
 from deltatune.laws.families import FAMILIES
-from tests.laws.subjects import METHODS, Case, covering, exemptions, subject
 
 CASES = [Case(law, method, family) for law in LAWS for method in METHODS for family in FAMILIES]
 

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from tests.laws.subjects import backbone, subject
 
 import deltatune.delta.adapted as module
 from deltatune.backbone.load import Backbone
@@ -16,7 +17,6 @@ from deltatune.laws.subject import Subject, made
 from deltatune.methods.addition.prompt import Prompt
 from deltatune.methods.baseline.full import Full
 from deltatune.methods.reparameterization.lora import LoRA
-from tests.laws.subjects import backbone, subject
 
 
 def pair(spec: LoRA | Prompt = LoRA(r=2), family: str = "bert") -> tuple[Subject, Adapted]:  # noqa: B008
@@ -212,7 +212,9 @@ def test_moved_parameters_are_seen_by_the_batched_execution() -> None:
     for change in (second_bank, vector, assigned, converted):
         change()
         batched, loop = both()
-        assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(batched, loop, strict=True)), change.__name__
+        assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(batched, loop, strict=True)), (
+            change.__name__
+        )
         assert not torch.equal(batched[1], before[1]) or not torch.equal(batched[0], before[0]), change.__name__
         before = batched
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.laws.subjects import METHODS, exemptions, subject
 
 from deltatune.laws import rows
 from deltatune.laws.families import FAMILIES
-from tests.laws.subjects import METHODS, exemptions, subject
 
 MIXING = [m for m in METHODS if not any(c.law == "many_is_alone" and c.method == m for c in exemptions())]
 ROUTES = st.lists(st.sampled_from([*rows.NAMES, None]), min_size=1, max_size=9)
@@ -19,7 +19,9 @@ EXAMPLES = settings(max_examples=6, deadline=None, derandomize=True, suppress_he
 @pytest.mark.parametrize("family", FAMILIES)
 @given(method=st.sampled_from(MIXING), route=ROUTES, training=st.booleans(), seed=st.integers(0, 99))
 @EXAMPLES
-def test_any_batch_is_its_rows_alone(family: str, method: str, route: list[str | None], training: bool, seed: int) -> None:
+def test_any_batch_is_its_rows_alone(
+    family: str, method: str, route: list[str | None], training: bool, seed: int
+) -> None:
     rows.many_is_alone(subject(method, family), route, training=training, seed=seed)
 
 

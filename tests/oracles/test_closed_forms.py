@@ -21,11 +21,12 @@ T5 = [("encoder.block.{}.layer.0.SelfAttention", "encoder.block.{}.layer.1.Dense
       ("decoder.block.{}.layer.0.SelfAttention", "decoder.block.{}.layer.2.DenseReluDense")]  # fmt: skip
 # Family -> for each stack: the linear that ends the attention, and those that begin and end the feed-forward.
 ENDS: dict[str, list[tuple[str, str, str]]] = {
-    "bert": [("encoder.layer.{}.attention.output.dense", "encoder.layer.{}.intermediate.dense", "encoder.layer.{}.output.dense")],
-    "distilbert": [("transformer.layer.{}.attention.out_lin", "transformer.layer.{}.ffn.lin1", "transformer.layer.{}.ffn.lin2")],
-    "gpt2": [("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_fc", "transformer.h.{}.mlp.c_proj")],
-    "llama": [("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.up_proj", "model.layers.{}.mlp.down_proj")],
-    "t5": [(f"{attention}.o", f"{ffn}.wi", f"{ffn}.wo") for attention, ffn in T5],
+    "bert": [("encoder.layer.{}.attention.output.dense", "encoder.layer.{}.intermediate.dense",
+    "encoder.layer.{}.output.dense")], "distilbert": [("transformer.layer.{}.attention.out_lin",
+    "transformer.layer.{}.ffn.lin1", "transformer.layer.{}.ffn.lin2")], "gpt2": [("transformer.h.{}.attn.c_proj",
+    "transformer.h.{}.mlp.c_fc", "transformer.h.{}.mlp.c_proj")], "llama": [("model.layers.{}.self_attn.o_proj",
+    "model.layers.{}.mlp.up_proj", "model.layers.{}.mlp.down_proj")], "t5": [(f"{attention}.o", f"{ffn}.wi",
+    f"{ffn}.wo") for attention, ffn in T5],
 }  # fmt: skip
 ENDS["roberta"] = ENDS["bert"]
 STACKS = {"t5": ("encoder", "decoder"), "gpt2": ("decoder",), "llama": ("decoder",)}
@@ -173,4 +174,3 @@ def test_full_is_the_weights_set_by_hand(family: str) -> None:
             parameter.requires_grad_(False)
             assert name.startswith(("pooler.", "lm_head."))
     compared(adapted, oracle, theirs, own, family)
-

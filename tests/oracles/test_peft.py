@@ -23,9 +23,10 @@ from deltatune.methods.addition.prompt import Prompt
 from deltatune.methods.reparameterization.lora import LoRA
 
 LINEARS = {
-    "bert": {"attn.q": "query", "attn.k": "key", "attn.v": "value", "ffn.up": "intermediate.dense", "ffn.down": "output.dense"},
-    "llama": {"attn.q": "q_proj", "attn.k": "k_proj", "attn.v": "v_proj", "ffn.up": "up_proj", "ffn.down": "down_proj"},
-    "t5": {"attn.q": "SelfAttention.q", "attn.k": "SelfAttention.k", "attn.v": "SelfAttention.v", "ffn.up": "wi", "ffn.down": "wo"},
+    "bert": {"attn.q": "query", "attn.k": "key", "attn.v": "value", "ffn.up": "intermediate.dense", "ffn.down":
+    "output.dense"}, "llama": {"attn.q": "q_proj", "attn.k": "k_proj", "attn.v": "v_proj", "ffn.up": "up_proj",
+    "ffn.down": "down_proj"}, "t5": {"attn.q": "SelfAttention.q", "attn.k": "SelfAttention.k", "attn.v":
+    "SelfAttention.v", "ffn.up": "wi", "ffn.down": "wo"},
 }  # fmt: skip
 Pairs = list[tuple[Tensor, Tensor]]  # ours, theirs
 
@@ -36,7 +37,12 @@ def attached(spec: Method, family: str) -> Adapted:
 
 
 def compared(
-    ours: Adapted, theirs: nn.Module, family: str, copy: Callable[[], None], gradients: Callable[[], Pairs], **more: Tensor
+    ours: Adapted,
+    theirs: nn.Module,
+    family: str,
+    copy: Callable[[], None],
+    gradients: Callable[[], Pairs],
+    **more: Tensor,
 ) -> None:
     """Copy our weights over; demand equal outputs, then equal gradients of a random projection of them."""
     with torch.no_grad():
@@ -136,7 +142,9 @@ def test_lora_on_the_fused_linear_of_gpt2() -> None:
 
 def test_lora_on_the_other_linears_of_gpt2() -> None:
     ours = attached(LoRA(r=2, alpha=2.0, at="attn.o ffn.{up,down}"), "gpt2")
-    config = peft.LoraConfig(r=2, lora_alpha=2, lora_dropout=0.0, target_modules=["c_proj", "c_fc"], fan_in_fan_out=True)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=2, lora_dropout=0.0, target_modules=["c_proj", "c_fc"], fan_in_fan_out=True
+    )
     theirs = peft.get_peft_model(tiny("gpt2"), config)
 
     def module(site: Site) -> nn.Module:
@@ -148,7 +156,11 @@ def test_lora_on_the_other_linears_of_gpt2() -> None:
             module(site).lora_B["default"].weight.copy_(layer.B)
 
     compared(
-        ours, theirs, "gpt2", copy, lambda: [(grad(la.A), grad(module(s).lora_A["default"].weight)) for s, la in each(ours)]
+        ours,
+        theirs,
+        "gpt2",
+        copy,
+        lambda: [(grad(la.A), grad(module(s).lora_A["default"].weight)) for s, la in each(ours)],
     )
 
 

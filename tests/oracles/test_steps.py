@@ -27,7 +27,9 @@ STEPS, ROWS, LENGTH = 50, 8, 32
 
 
 def absent(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(not (FOLDER / name).is_dir(), reason=f"no shared task {name} at {FOLDER} (set DELTATUNE_TASKS)")
+    return pytest.mark.skipif(
+        not (FOLDER / name).is_dir(), reason=f"no shared task {name} at {FOLDER} (set DELTATUNE_TASKS)"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,9 @@ def rows() -> list[dict[str, Any]]:
     made = []
     for _ in range(8):
         ids = torch.randint(3, 99, (6,), generator=draw)
-        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "note": "not for the model"})
+        made.append(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "note": "not for the model"}
+        )
     return made
 
 

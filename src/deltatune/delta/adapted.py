@@ -231,10 +231,8 @@ class Adapted(nn.Module):
         if options["use_reentrant"]:
             raise RoutingError("reentrant checkpointing loses the delta's gradients: leave use_reentrant=False")
         # The second name is the older one.
-        enable = (
-            getattr(self.backbone, "activation_checkpointing_enable", None)
-            or self.backbone.gradient_checkpointing_enable
-        )
+        older = getattr(self.backbone, "gradient_checkpointing_enable", None)
+        enable: Any = getattr(self.backbone, "activation_checkpointing_enable", older)
         enable(options)
         self._recall()
 

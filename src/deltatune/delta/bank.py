@@ -180,8 +180,8 @@ class Bank(nn.Module):
             (delta, layer) for delta, found in self.places[place].items() for layer in found if layer.kind() == kind
         ]
         stack = Stack([layer for _, layer in same])
-        name = next(iter(stack.tensors), None)
-        for delta, layer in same if name is not None else ():
+        name = next(iter(stack.tensors), "")  # all tied: nothing is viewed
+        for delta, layer in same if name else ():
             self.watched.setdefault(delta, (layer._parameters, name, layer.get_parameter(name).data_ptr()))
         return stack
 

@@ -59,18 +59,17 @@ class Engine:
 
     def step(self, jobs: Sequence[Job]) -> None:
         """Do one optimiser step of each job."""
-        started = time.perf_counter()
         batches = {job.name: batch_of(job, self.backbone) for job in jobs}
         for group in self._pack(jobs, batches):
+            started = time.perf_counter()
             self._backward(group, [batches[job.name] for job in group])
-        for job in jobs:
-            self._update(job)
-        spent = time.perf_counter() - started
-        whole = sum(b.inputs["input_ids"].numel() for b in batches.values())
-        for job in jobs:
-            size = batches[job.name].inputs["input_ids"].numel()
-            job.tokens += size
-            job.seconds += spent * size / whole
+            for job in group:
+                self._update(job)
+            spent = time.perf_counter() - started
+            sizes = [batches[job.name].inputs["input_ids"].numel() for job in group]
+            for job, size in zip(group, sizes, strict=True):
+                job.tokens += size
+                job.seconds += spent * size / sum(sizes)
 
     def groups(self, jobs: Sequence[Job]) -> list[list[Job]]:
         """Return the physical batches that the next step of these jobs runs in."""

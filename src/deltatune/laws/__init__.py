@@ -1,4 +1,4 @@
-"""The laws that every method keeps on every backbone, as plain functions; `check_method` runs them all on one method."""
+"""The laws that every method keeps on every backbone, as plain functions; `check_method` runs all on one method."""
 
 from __future__ import annotations
 

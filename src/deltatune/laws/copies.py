@@ -141,7 +141,7 @@ def _stepped(backbone: Backbone) -> None:
 def _norm_changed(backbone: Backbone) -> None:
     with torch.no_grad():
         last = [m for m in backbone.module.modules() if is_norm(m)][-1]
-        last.weight.mul_(1.001)  # type: ignore[operator, union-attr]
+        last.get_parameter("weight").mul_(1.001)
 
 
 def _element_changed(backbone: Backbone) -> None:

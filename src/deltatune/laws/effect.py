@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import VOCABULARY, Site
 from deltatune.delta.adapted import Adapted
-from deltatune.delta.call import entered
-from deltatune.delta.delta import Delta
 from deltatune.delta.layer import Layer, Params, WeightLayer
 from deltatune.delta.method import Method
 from deltatune.errors import RoutingError, UserError
@@ -111,7 +111,7 @@ def stands_or_refuses(subject: Subject) -> None:
 
 
 def scales_as_declared(subject: Subject) -> None:
-    """Weight 0 is the bare backbone, 1 the delta; others give h + w (h' - h) where declared and are refused elsewhere."""
+    """Weight 0 is the bare backbone, 1 the delta; others give h + w (h' - h) where declared, and are refused else."""
     backbone = subject.fresh()
     delta = made(subject.spec, backbone)
     adapted = Adapted(backbone, [delta])
@@ -169,12 +169,12 @@ def merge_into(backbone: Backbone, site: Site, layer: Layer) -> None:
             parameter = backbone.module.get_parameter(path)
             parameter.copy_(layer.weight(single, key, parameter.detach().clone()))
         return
-    module = backbone.module.get_submodule(site.exit)
-    weight = module.weight if isinstance(module, nn.Linear) else module.weight.T  # type: ignore[union-attr, operator]
+    module: Any = backbone.module.get_submodule(site.exit)
+    weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
     part = weight if site.view is None else weight[site.view.start : site.view.stop]
     merged = layer.merged(single, part.detach().clone())
     if layer.port == "output" and not layer.reads_input and module.bias is not None:
         # A layer that rescales the exit rescales the bias with it: what it does to a zero weight beside the bias.
-        bias = module.bias if site.view is None else module.bias[site.view.start : site.view.stop]  # type: ignore[index]
+        bias = module.bias if site.view is None else module.bias[site.view.start : site.view.stop]
         bias.copy_(layer(single, None, bias.detach().clone()[None, None])[0, 0])
     part.copy_(merged)

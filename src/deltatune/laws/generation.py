@@ -52,8 +52,8 @@ def cached_is_recomputed(subject: Subject) -> None:
     batch = subject.batch(rows)
     made_tokens = _generate(adapted, batch, "subject", {})
     both = subject.backbone.kind == "encoder-decoder"
-    start = getattr(backbone.module.config, "decoder_start_token_id", None)
-    tokens = torch.full((2, 1), start) if both else batch["input_ids"]
+    config: Any = backbone.module.config
+    tokens = torch.full((2, 1), config.decoder_start_token_id) if both else batch["input_ids"]
     for _ in range(6):
         inputs = {**batch, "decoder_input_ids": tokens} if both else {"input_ids": tokens}
         logits = adapted(**inputs, deltas="subject").logits[:, -1]

@@ -166,7 +166,8 @@ def absent_rests(subject: Subject) -> None:
     deltas = company(subject, backbone)
     adapted = Adapted(backbone, list(deltas.values()))
     optimiser = torch.optim.AdamW(adapted.bank.parameters(), lr=0.1, weight_decay=0.1)
-    for step, route in enumerate((["one", "two", "lora"], ["two", None, "lora"], ["lora", "lora", "two"])):
+    routes: list[list[str | None]] = [["one", "two", "lora"], ["two", None, "lora"], ["lora", "lora", "two"]]
+    for step, route in enumerate(routes):
         rows = subject.rows(3, seed=step)
         kept = {n: p.detach().clone() for n, p in adapted.bank["one"].named_parameters()}
         optimiser.zero_grad()

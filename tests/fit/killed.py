@@ -1,0 +1,172 @@
+"""Run as `python -m tests.fit.killed WHAT FOLDER SEED`: the same work once whole and once killed again and again.
+
+Everything is imported once; each attempt is a fork of this process, which never computes by itself. The last line printed
+is a JSON record of the kills. What an attempt finds out is in FOLDER/<name>/found.json and found.safetensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import sklearn.linear_model
+import sklearn.metrics  # noqa: F401
+import torch
+from tests.fit.tiny import QUICK, backbone, plan, task
+
+from deltatune.fit import fit as fit_module
+from deltatune.fit import tune as tune_module
+from deltatune.fit.fit import Trained, fit_plans
+from deltatune.fit.tune import Budget, tune
+from deltatune.studies.verbs import run_plans
+
+ONE, OTHER = task(name="one", rows=30), task("pair_classification", name="other", rows=30, longest=12)
+LONG = dataclasses.replace(QUICK, steps=60, evaluations=20)
+PLANS = [
+    plan("lora(dropout=0.3)", ONE, 0, LONG),
+    plan("lora(dropout=0.3)", ONE, 1, LONG),
+    plan("adapter | prompt(n=2)", OTHER, 0, LONG, weight_decay=0.1),
+    plan("prefix(n=2)", OTHER, 1, LONG, patience=3),
+    plan("bitfit", ONE, 2, LONG, lr=1e30, head_lr=1e30, clip=1e30),  # diverges
+    plan("full", ONE, 3, LONG, lr=1e-3, steps=31),
+]
+
+
+def found_of(trained: list[Trained]) -> dict[str, Any]:
+    """Everything of the result that has to be the same."""
+    return {
+        t.plan.name: [t.metrics, [dataclasses.asdict(p) for p in t.curve], t.state, t.steps, t.tokens, t.best_step,
+                      t.dev and [t.dev.values, t.dev.confidence], t.test and [t.test.values, t.test.confidence]]
+        for t in trained
+    }  # fmt: skip
+
+
+def write(place: Path, trained: list[Trained], more: Any = None) -> None:
+    tensors = {f"{t.plan.name}:{name}": value for t in trained for name, value in t.delta.tensors().items()}
+    safetensors.torch.save_file({name: value.clone() for name, value in tensors.items()}, place / "found.safetensors")
+    (place / "found.json").write_text(json.dumps([found_of(trained), more]))
+
+
+def fitted(place: Path) -> None:
+    write(place, fit_plans(backbone(), PLANS, folder=place / "out"))
+
+
+def verb(place: Path) -> None:
+    write(place, run_plans(backbone(), PLANS[:3], out=place / "out").trained)
+
+
+def tuned(place: Path) -> None:
+    settings = dataclasses.replace(QUICK, steps=None, lr=None)
+    made = tune(backbone(), ONE, Budget(steps=500), settings=settings, seeds=2, folder=place / "out")
+    facts = [[c.label, c.lr, c.rung, c.steps, c.dev, c.state] for c in made.candidates]
+    write(place, made.trained, [facts, made.chosen, made.second])
+
+
+WORK: dict[str, Callable[[Path], None]] = {"fit": fitted, "verb": verb, "tune": tuned}
+
+
+def fork(work: Callable[[Path], None], place: Path, prepare: Callable[[], None] = lambda: None) -> int:
+    """Start an attempt and return its process id; it ends with status 0 when the work is done."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        prepare()
+        work(place)
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(pid: int, *, block: bool = False) -> int | None:
+    """The exit status of an attempt, minus the signal if it was killed; None while it runs."""
+    done, status = os.waitpid(pid, 0 if block else os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_while_writing(number: int, instant: str) -> Callable[[], None]:
+    """Die in the `number`-th write of a checkpoint: half-way through the file, before the rename, or after it."""
+
+    def prepare() -> None:
+        save, replace, count = safetensors.torch.save_file, os.replace, [0]
+
+        def saving(tensors: Any, file: Any, metadata: Any = None) -> None:
+            save(tensors, file, metadata)
+            count[0] += 1
+            if count[0] == number and instant == "half":
+                os.truncate(file, Path(file).stat().st_size // 2)
+                die()
+
+        def replacing(source: Any, target: Any) -> None:
+            if count[0] == number and instant == "before":
+                die()
+            replace(source, target)
+            if count[0] == number and instant == "after":
+                die()
+
+        safetensors.torch.save_file, os.replace = saving, replacing
+
+    return prepare
+
+
+def written(place: Path) -> int:
+    """When a checkpoint was written last."""
+    return max((file.stat().st_mtime_ns for file in (place / "out").rglob("*.safetensors")), default=0)
+
+
+def main(what: str, folder: Path, seed: int) -> None:
+    torch.set_num_threads(1)
+    fit_module.CHECKPOINT_EVERY = tune_module.CHECKPOINT_EVERY = 0.0
+    work, rng = WORK[what], random.Random(seed)
+    whole, killed = folder / "whole", folder / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    started = time.monotonic()
+    assert ended(fork(work, whole), block=True) == 0
+    took = time.monotonic() - started
+    kills: list[str] = []
+    for number, instant in ((1, "half"), (1, "before"), (2, "after"), (2, "before"), (3, "half")):
+        assert ended(fork(work, killed, dies_while_writing(number, instant)), block=True) == -signal.SIGKILL
+        kills.append(f"{instant} the end of write {number}")
+    for attempt in range(8):
+        pid, before = fork(work, killed), written(killed)
+        if attempt % 2:  # some at any time, some once it has come further than the last
+            while written(killed) == before and ended(pid) is None:
+                time.sleep(0.002)
+            time.sleep(rng.random() * took / 40)
+        else:
+            time.sleep(rng.random() * took / 4)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            break
+        if ended(pid, block=True) != -signal.SIGKILL:
+            break
+        kills.append(f"attempt {attempt}, {'further' if written(killed) > before else 'no further'} than before")
+    else:
+        assert ended(fork(work, killed), block=True) == 0
+    print(json.dumps(kills))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
