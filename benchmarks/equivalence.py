@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from common import Row, Rows, parser, publish, table, tasks
-from deltatune.studies.statistics import paired_interval
 from torch import Tensor, nn
 
 from deltatune.backbone.embedded import locate
 from deltatune.backbone.load import Backbone, load
+from deltatune.data.intervals import paired_interval
 from deltatune.data.metrics import references, score
 from deltatune.data.task import Task
 from deltatune.fit.fit import fit_plans

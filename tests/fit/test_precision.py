@@ -51,7 +51,7 @@ def test_deltas_and_heads_stay_float32_on_a_bfloat16_backbone(method):
     assert trained.delta.record["precision"] == "bfloat16" and trained.state == "done"
     # The delta carries the fingerprint of the backbone that was given, not of the copy.
     assert trained.delta.fingerprint == on.fingerprint()
-    start = {name: value for name, value in jobs_of([plan(method)], on)[0].delta.state_dict().items()}
+    start = dict(jobs_of([plan(method)], on)[0].delta.state_dict().items())
     assert any(not torch.equal(start[name], value) for name, value in trained.delta.tensors().items())
 
 

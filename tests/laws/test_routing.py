@@ -110,7 +110,7 @@ def test_prompt_longer_than_the_positions_is_refused() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_wrong_number_of_rows_inside_is_refused(family: str) -> None:
     """A tensor at a site whose rows are not the call's rows is never routed by guess."""
-    held, adapted = pair(family=family)
+    _held, adapted = pair(family=family)
     call = adapted.call(2, ["french", "german"])
     site = next(site for site, _ in adapted.bank["french"].at_sites())
     h = torch.zeros(3, 4, site.d_out if site.view is None else 3 * site.d_out, dtype=torch.float64)
