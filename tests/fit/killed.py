@@ -1,4 +1,4 @@
-"""Run as `python -m tests.fit.killed WHAT FOLDER SEED`: the same work once whole and once killed again and again.
+"""Run as `python -m tests.fit.killed WHAT FOLDER SEED ATTEMPTS`: the same work once whole and once killed again and again.
 
 Everything is imported once; each attempt is a fork of this process, which never computes by itself. The last line printed
 is a JSON record of the kills. What an attempt finds out is in FOLDER/<name>/found.json and found.safetensors.
@@ -30,14 +30,14 @@ from deltatune.fit.tune import Budget, tune
 from deltatune.studies.verbs import run_plans
 
 ONE, OTHER = task(name="one", rows=30), task("pair_classification", name="other", rows=30, longest=12)
-LONG = dataclasses.replace(QUICK, steps=60, evaluations=20)
+LONG = dataclasses.replace(QUICK, steps=40, evaluations=20)
 PLANS = [
     plan("lora(dropout=0.3)", ONE, 0, LONG),
     plan("lora(dropout=0.3)", ONE, 1, LONG),
     plan("adapter | prompt(n=2)", OTHER, 0, LONG, weight_decay=0.1),
     plan("prefix(n=2)", OTHER, 1, LONG, patience=3),
     plan("bitfit", ONE, 2, LONG, lr=1e30, head_lr=1e30, clip=1e30),  # diverges
-    plan("full", ONE, 3, LONG, lr=1e-3, steps=31),
+    plan("full", ONE, 3, LONG, lr=1e-3, steps=21),
 ]
 
 
@@ -134,7 +134,7 @@ def written(place: Path) -> int:
     return max((file.stat().st_mtime_ns for file in (place / "out").rglob("*.safetensors")), default=0)
 
 
-def main(what: str, folder: Path, seed: int) -> None:
+def main(what: str, folder: Path, seed: int, attempts: int) -> None:
     torch.set_num_threads(1)
     fit_module.CHECKPOINT_EVERY = tune_module.CHECKPOINT_EVERY = 0.0
     work, rng = WORK[what], random.Random(seed)
@@ -148,7 +148,7 @@ def main(what: str, folder: Path, seed: int) -> None:
     for number, instant in ((1, "half"), (1, "before"), (2, "after"), (2, "before"), (3, "half")):
         assert ended(fork(work, killed, dies_while_writing(number, instant)), block=True) == -signal.SIGKILL
         kills.append(f"{instant} the end of write {number}")
-    for attempt in range(8):
+    for attempt in range(attempts):
         pid, before = fork(work, killed), written(killed)
         if attempt % 2:  # some at any time, some once it has come further than the last
             while written(killed) == before and ended(pid) is None:
@@ -169,4 +169,4 @@ def main(what: str, folder: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
