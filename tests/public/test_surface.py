@@ -1,0 +1,43 @@
+"""The public surface, pinned: a change of it is a decision, not an accident."""
+
+from __future__ import annotations
+
+import deltatune as dt
+
+SURFACE = [
+    "Adapted",
+    "Adapter",
+    "Backbone",
+    "BitFit",
+    "Delta",
+    "DeltatuneError",
+    "Full",
+    "Head",
+    "IA3",
+    "LoRA",
+    "ParallelAdapter",
+    "Prefix",
+    "Prompt",
+    "Task",
+    "UserError",
+    "__version__",
+    "adapt",
+    "fit",
+    "fit_many",
+    "load",
+    "parse",
+    "task",
+    "tune",
+]
+
+
+def test_names_are_these_and_all_load() -> None:
+    assert sorted(dt.__all__) == SURFACE
+    for name in SURFACE:
+        assert getattr(dt, name) is not None, name
+
+
+def test_every_public_thing_says_what_it_is() -> None:
+    for name in SURFACE:
+        if name != "__version__":
+            assert (getattr(dt, name).__doc__ or "").strip(), f"{name} has no docstring"
