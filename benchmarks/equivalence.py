@@ -210,13 +210,14 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=5)
     options.add_argument("--tasks", type=int, default=4, help="the first so many tasks")
     options.add_argument("--rows", type=int, default=2000)
+    options.add_argument("--test", type=int, help="at most so many test rows")
     options.add_argument("--epochs", type=float, default=2.0)
     options.add_argument("--evaluations", type=int, default=5)
     options.add_argument("--sides", nargs="*", choices=["ours", *RIVALS], default=["ours", "peft"])
     chosen = options.parse_args()
     rows = Rows(NAME, chosen)
-    key = {"rows": chosen.rows, "epochs": chosen.epochs, "evaluations": chosen.evaluations}
-    loaded = [t.limited(chosen.rows, 500) for t in tasks(REAL[: chosen.tasks], EMBEDDED[: chosen.tasks])]
+    key = {"rows": chosen.rows, "test_rows": chosen.test, "epochs": chosen.epochs, "evaluations": chosen.evaluations}
+    loaded = [t.limited(chosen.rows, 500, chosen.test) for t in tasks(REAL[: chosen.tasks], EMBEDDED[: chosen.tasks])]
     measure(loaded, chosen, rows, key)
     found = compare(loaded, chosen, rows, key)
     gate = {"passed": all(one["within"] for by_task in found.values() for one in by_task.values()), "margin": MARGIN}

@@ -34,7 +34,7 @@ def quickstart() -> str:
     """What the README's own `tune` says; run anew with --quickstart, else what docs/quickstart.txt kept of it."""
     if "--quickstart" in sys.argv:
         with tempfile.TemporaryDirectory() as folder:
-            runs = tune("minilm", "stdlib_package", budget="3000steps", max_length=32, out=f"{folder}/best")
+            runs = tune("minilm", "stdlib_pair", budget="1500steps", max_length=32, out=f"{folder}/best")
         KEPT.write_text(
             f"{runs.results[0]['sentence']}\n\n{runs.results[0]['threads']} threads, {versions_line(runs)}\n"
         )

@@ -1,12 +1,14 @@
-"""Run as `python -m tests.fit.killed WHAT FOLDER SEED ATTEMPTS`: the same work once whole and once killed again and again.
+"""Run as `python -m tests.fit.killed FOLDER SEED WHAT=ATTEMPTS...`: work done once whole and once killed, many times.
 
-Everything is imported once; each attempt is a fork of this process, which never computes by itself. The last line printed
-is a JSON record of the kills. What an attempt finds out is in FOLDER/<name>/found.json and found.safetensors.
+Everything is imported once; each attempt is a fork of this process, which never computes by itself. The last line
+printed is a JSON record of the kills. What came out is in FOLDER/<what>/whole and FOLDER/<what>/killed: found.json,
+found.safetensors, and the folder `out` that was written to.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import random
@@ -18,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import sklearn.linear_model
-import sklearn.metrics  # noqa: F401
 import torch
 from tests.fit.tiny import QUICK, backbone, plan, task
 
@@ -30,14 +30,14 @@ from deltatune.fit.tune import Budget, tune
 from deltatune.studies.verbs import run_plans
 
 ONE, OTHER = task(name="one", rows=30), task("pair_classification", name="other", rows=30, longest=12)
-LONG = dataclasses.replace(QUICK, steps=40, evaluations=20)
+LONG = dataclasses.replace(QUICK, steps=30, evaluations=15)
 PLANS = [
     plan("lora(dropout=0.3)", ONE, 0, LONG),
     plan("lora(dropout=0.3)", ONE, 1, LONG),
     plan("adapter | prompt(n=2)", OTHER, 0, LONG, weight_decay=0.1),
     plan("prefix(n=2)", OTHER, 1, LONG, patience=3),
     plan("bitfit", ONE, 2, LONG, lr=1e30, head_lr=1e30, clip=1e30),  # diverges
-    plan("full", ONE, 3, LONG, lr=1e-3, steps=21),
+    plan("full", ONE, 3, LONG, lr=1e-3, steps=17),
 ]
 
 
@@ -61,12 +61,12 @@ def fitted(place: Path) -> None:
 
 
 def verb(place: Path) -> None:
-    write(place, run_plans(backbone(), PLANS[:3], out=place / "out").trained)
+    write(place, run_plans(backbone(), PLANS[:2], out=place / "out").trained)
 
 
 def tuned(place: Path) -> None:
     settings = dataclasses.replace(QUICK, steps=None, lr=None)
-    made = tune(backbone(), ONE, Budget(steps=500), settings=settings, seeds=2, folder=place / "out")
+    made = tune(backbone(), ONE, Budget(steps=300), settings=settings, seeds=2, folder=place / "out")
     facts = [[c.label, c.lr, c.rung, c.steps, c.dev, c.state] for c in made.candidates]
     write(place, made.trained, [facts, made.chosen, made.second])
 
@@ -134,12 +134,10 @@ def written(place: Path) -> int:
     return max((file.stat().st_mtime_ns for file in (place / "out").rglob("*.safetensors")), default=0)
 
 
-def main(what: str, folder: Path, seed: int, attempts: int) -> None:
-    torch.set_num_threads(1)
-    fit_module.CHECKPOINT_EVERY = tune_module.CHECKPOINT_EVERY = 0.0
-    work, rng = WORK[what], random.Random(seed)
+def killed_often(work: Callable[[Path], None], folder: Path, rng: random.Random, attempts: int) -> list[str]:
+    """Do the work whole and killed, and say how it was killed."""
     whole, killed = folder / "whole", folder / "killed"
-    whole.mkdir()
+    whole.mkdir(parents=True)
     killed.mkdir()
     started = time.monotonic()
     assert ended(fork(work, whole), block=True) == 0
@@ -165,8 +163,20 @@ def main(what: str, folder: Path, seed: int, attempts: int) -> None:
         kills.append(f"attempt {attempt}, {'further' if written(killed) > before else 'no further'} than before")
     else:
         assert ended(fork(work, killed), block=True) == 0
+    return kills
+
+
+def main(folder: Path, seed: int, wanted: list[str]) -> None:
+    torch.set_num_threads(1)
+    for name in ("sklearn.linear_model", "sklearn.metrics", "matplotlib.pyplot"):
+        importlib.import_module(name)  # once, not in every fork
+    backbone()  # imports the rest
+    fit_module.CHECKPOINT_EVERY = tune_module.CHECKPOINT_EVERY = 0.0
+    rng = random.Random(seed)
+    parts = (one.split("=") for one in wanted)
+    kills = {what: killed_often(WORK[what], folder / what, rng, int(number)) for what, number in parts}
     print(json.dumps(kills))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -14,8 +14,8 @@ import pytest
 
 from deltatune.cli import main
 
-GOOD = ["great", "lovely", "superb", "wonderful", "fine", "good", "excellent", "pleasant"]
-BAD = ["awful", "broken", "terrible", "poor", "bad", "horrid", "useless", "ugly"]
+GOOD = ["great", "lovely"]
+BAD = ["awful", "broken"]
 THINGS = ["film", "phone", "book", "meal", "lamp", "chair"]
 
 
@@ -28,9 +28,9 @@ class Said:
     err: str
 
     def json(self) -> Any:
-        """Return the one JSON value that stdout holds."""
+        """Return the one JSON value that stdout holds; NaN is none."""
         assert self.status == 0, self.err
-        return json.loads(self.out)
+        return json.loads(self.out, parse_constant=pytest.fail)
 
     def mistake(self) -> str:
         """Return the line of a user's mistake, after asserting that it is one line, and the only one."""
@@ -67,7 +67,7 @@ def rows(number: int = 60) -> list[dict[str, str]]:
     made = []
     for i in range(number):
         words = GOOD if i % 2 else BAD
-        text = f"the {THINGS[i // 2 % 6]} number {i // 2} is {words[i // 2 % 8]}"
+        text = f"the {THINGS[i // 2 % 6]} number {i // 2} is {words[i // 2 % 2]}"
         made.append({"review": text, "stars": "pos" if i % 2 else "neg"})
     return made
 

@@ -114,14 +114,19 @@ def test_size(run: Run, lora: Path, factor: float, code: str) -> None:
     assert codes(run, "scaled") == {code}
 
 
-def test_one_site_far_from_its_kind(run: Run, encoder: Path, lora: Path) -> None:
-    delta = dt.Delta.build(dt.BitFit(at="ffn.{up,down} attn.{q,k,v,o}"), dt.load(str(encoder)))
-    assert len(delta.layers) == 12
+def test_one_site_far_from_its_kind() -> None:
+    from transformers import BertConfig, BertModel
+
+    from deltatune.cli.diagnosis import diagnose
+
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=8)
+    delta = dt.Delta.build(dt.BitFit(), dt.load(BertModel(config)))
     for parameter in delta.layers.parameters():
         parameter.data.fill_(0.01)
-    delta.head = read(lora).head
-    delta.save("even")
-    assert codes(run, "even") == set()
+    assert not diagnose(delta, None).has("uneven-norms")
+    delta.layers["0/encoder:2:ffn:up"].bias.data.fill_(5.0)  # type: ignore[union-attr, operator]
+    found = next(one for one in diagnose(delta, None).findings if one.code == "uneven-norms")
+    assert "encoder.2.ffn.up" in found.what
 
 
 def test_prefix_is_tried_as_a_whole(run: Run, encoder: Path, lora: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -83,9 +84,9 @@ def _words(found: dict[str, Any] | None) -> str:
     """The facts in a few words."""
     if found is None:
         return "its sites are not in this backbone"
-    said = [name.replace("_", " ") for name in ("identity_at_init", "scalable", "mergeable") if found[name]]
-    if found["linear"] != "no":
-        said.append(found["linear"])
+    said = ["at " + " and ".join(found["ports"])] if found["ports"] else []
+    said += [name.replace("_", " ") for name in ("identity_at_init", "scalable", "mergeable") if found[name]]
+    said += [found["linear"]] if found["linear"] != "no" else []
     return ", ".join([*said, *(f"needs {need}" for need in found["needs"] if need != "output")])
 
 
@@ -94,13 +95,15 @@ def _count(number: int | None) -> str:
 
 
 def _list(found: Sequence[dict[str, Any]], rates: dict[str, float], backbone: str) -> Table:
-    parameters = f"on {backbone}"
-    made = table("method", "family", parameters, "lr", "port", "facts", "paper", right=(parameters, "lr"))
-    for one in found:
-        made.add_row(
-            one["name"], one["family"], _count(one["trainable"]), f"{rates[one['name']]:g}",
-            " ".join((one["facts"] or {}).get("ports", [])) or "–", _words(one["facts"]), one["paper"],
-        )  # fmt: skip
+    name, parameters = "method", f"on {Path(backbone).name}"
+    made = table(name, parameters, "lr", "paper", "facts", right=(parameters, "lr"), whole=(name, "paper"))
+    for family in dict.fromkeys(one["family"] for one in found):
+        made.add_section()
+        made.add_row(family, style="dim")
+        for one in found:
+            if one["family"] == family:
+                cells = (_count(one["trainable"]), f"{rates[one['name']]:g}", one["paper"], _words(one["facts"]))
+                made.add_row(f"  {one['name']}", *cells)
     return made
 
 

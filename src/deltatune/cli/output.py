@@ -61,14 +61,19 @@ def console_for(file: TextIO) -> Console:
     return Console(file=file, width=None if file.isatty() else FILE_WIDTH, markup=False, highlight=False, emoji=False)
 
 
-def table(*headings: str, title: str | None = None, right: tuple[str, ...] = ()) -> Table:
-    """Return an empty table; the columns in `right` hold numbers."""
+def table(*headings: str, title: str | None = None, right: tuple[str, ...] = (), whole: tuple[str, ...] = ()) -> Table:
+    """Return an empty table; the columns in `right` hold numbers, those in `whole` are not broken into lines."""
     from rich import box
     from rich.table import Table
 
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
-        made.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+        made.add_column(
+            heading,
+            justify="right" if heading in right else "left",
+            overflow="fold",
+            no_wrap=heading in (*whole, *right),
+        )
     return made
 
 

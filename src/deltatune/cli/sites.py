@@ -95,13 +95,16 @@ def _pattern(found: Sequence[Site]) -> str:
 
 
 def _present(rows: Sequence[dict[str, Any]]) -> Table:
-    made = table("site", "stack", "blocks", "in", "out", "ports", "module", right=("in", "out"))
+    several = len({row["stack"] for row in rows}) > 1
+    made = table(
+        "site", "blocks", "in", "out", "ports", "module (in its block)", right=("in", "out"), whole=("site", "blocks")
+    )  # fmt: skip
     for row in rows:
         view = "" if row["view"] is None else f" [{row['view'][0]}:{row['view'][1]}]"
-        made.add_row(
-            row["site"], row["stack"], ranges(row["blocks"]) or "–", f"{row['d_in']:,}", f"{row['d_out']:,}",
-            " ".join(row["ports"]), row["module"] + view,
-        )  # fmt: skip
+        module = re.sub(r"[^ ]*\.\*\.", "", row["module"]) + view
+        name = f"{row['stack']} {row['site']}" if several else row["site"]
+        widths = (f"{row['d_in']:,}", f"{row['d_out']:,}")
+        made.add_row(name, ranges(row["blocks"]) or "–", *widths, " ".join(row["ports"]), module)
     return made
 
 

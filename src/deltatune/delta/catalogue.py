@@ -21,11 +21,14 @@ GROUP = "deltatune.methods"
 @cache
 def catalogue() -> dict[str, type[Method]]:
     """Return name -> method class of all installed methods, sorted by family and name."""
+    modules: set[str] = set()
     for point in entry_points(group=GROUP):
         package = importlib.import_module(point.value)
-        for module in _modules(package):
-            importlib.import_module(module)
-    found = {cls.name(): cls for cls in _subclasses(Method)}
+        modules |= {package.__name__, *_modules(package)}
+    for module in modules:
+        importlib.import_module(module)
+    # What else is loaded in this process (a file under `deltatune check`, say) is not installed.
+    found = {cls.name(): cls for cls in _subclasses(Method) if cls.__module__ in modules}
     return dict(sorted(found.items(), key=lambda item: (item[1].family, item[0])))
 
 

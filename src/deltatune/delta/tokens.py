@@ -56,6 +56,9 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
     if found is None:
         return None
     added, seen, own = found
+    cache = inputs.get("past_key_values")
+    if cache is not None and not generating and cache.get_seq_length() > 0:
+        raise RoutingError("the cache holds the prompt already and it would be put in again; use `generate`")
     ids, embeds = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
     if ids is None and embeds is None:
         raise RoutingError("a prompt needs input_ids or inputs_embeds, given by name")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from deltatune.backbone.load import Backbone
+from deltatune.data.task import Task
 from deltatune.delta.files import spec_record
 from deltatune.errors import OutputError
 from deltatune.fit.job import Job, Plan, Point
@@ -31,11 +32,16 @@ def identity(plans: Sequence[Plan], backbone: Backbone) -> str:
         "backbone": backbone.fingerprint(),
         "threads": torch.get_num_threads(),
         "plans": [
-            [spec_record(p.spec), p.task.fingerprint, p.task.metric, p.seed, p.settings.record(), p.label]
+            [spec_record(p.spec), p.task.fingerprint, *_worded(p.task), p.seed, p.settings.record(), p.label]
             for p in plans
         ],
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _worded(task: Task) -> tuple[Any, ...]:
+    """What decides the result and is not in a task's fingerprint."""
+    return task.metric, task.template, dict(task.verbalizer) if task.verbalizer else None
 
 
 def write(folder: Path, jobs: Sequence[Job], identity: str, extra: dict[str, Any] | None = None) -> None:

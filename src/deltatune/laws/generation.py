@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from deltatune.delta.adapted import Adapted
-from deltatune.laws.subject import Subject, demand, made
+from deltatune.errors import RoutingError
+from deltatune.laws.subject import Subject, agree, demand, made
 from deltatune.methods.addition.prefix import Prefix
 from deltatune.methods.reparameterization.lora import LoRA
 
@@ -18,7 +19,7 @@ MODES: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "total length, no pair twice": {"max_new_tokens": None, "max_length": 14, "no_repeat_ngram_size": 2},
 }
-ROUTE = ("one", "lora", "two", None, "prefix")
+ROUTE = ("one", "lora", "two", "one", None, "prefix")
 
 
 def generates_as_alone(subject: Subject) -> None:
@@ -43,7 +44,10 @@ def generates_as_alone(subject: Subject) -> None:
 
 
 def cached_is_recomputed(subject: Subject) -> None:
-    """Generation with a cache gives the tokens of repeated forwards without one."""
+    """Generation with a cache gives the tokens of repeated forwards without one; so do forwards in two parts.
+
+    A method may refuse the second part with a RoutingError.
+    """
     if subject.backbone.kind == "encoder":
         return
     backbone = subject.fresh()
@@ -59,6 +63,20 @@ def cached_is_recomputed(subject: Subject) -> None:
         logits = adapted(**inputs, deltas="subject").logits[:, -1]
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
     demand(_trimmed(made_tokens, subject) == _trimmed(tokens, subject), f"{made_tokens.tolist()} != {tokens.tolist()}")
+    if not both:
+        _in_parts(adapted, batch["input_ids"])
+
+
+def _in_parts(adapted: Adapted, ids: Tensor) -> None:
+    whole = adapted(input_ids=ids, deltas="subject").logits
+    for training in (False, True):
+        adapted.bank.train(training)
+        first = adapted(input_ids=ids[:, :2], deltas="subject", use_cache=True)
+        try:
+            rest = adapted(input_ids=ids[:, 2:], deltas="subject", past_key_values=first.past_key_values).logits
+        except RoutingError:
+            return
+        agree(torch.cat([first.logits, rest], dim=1), whole, "in two parts with a cache")
 
 
 def _generate(adapted: Adapted, batch: dict[str, Tensor], route: Any, options: dict[str, Any]) -> Tensor:

@@ -30,7 +30,8 @@ from deltatune.methods.addition.prompt import Prompt
 from deltatune.methods.reparameterization.lora import LoRA
 
 NAMES = ("one", "two", "lora", "joined", "prefix", "prompt")
-ROUTE: tuple[str | None, ...] = ("one", "joined", "two", None, "one", "lora", "prompt", "two", "prefix", None)
+# `one` and `two` stand together with as many rows each, so they run as one product where they can.
+ROUTE: tuple[str | None, ...] = ("one", "two", "joined", None, "one", "lora", "prompt", "two", "prefix", None)
 
 
 def company(subject: Subject, backbone: Backbone, dropout: float = 0.0) -> dict[str, Delta]:
