@@ -18,8 +18,8 @@ import torch
 
 from deltatune.data.load import load_task
 from deltatune.data.task import Task
-from deltatune.fit.fit import versions
 from deltatune.studies.verbs import write_json
+from deltatune.training.fit import versions
 
 ROOT = Path(__file__).parents[1]
 TASKS = Path(os.environ.get("DELTATUNE_TASKS", ROOT.parent / "shared" / "data"))

@@ -24,11 +24,11 @@ from deltatune.backbone.load import Backbone, load
 from deltatune.data.intervals import paired_interval
 from deltatune.data.metrics import references, score
 from deltatune.data.task import Task
-from deltatune.fit.fit import fit_plans
-from deltatune.fit.job import HEAD_LR, Job, Plan, make_jobs
-from deltatune.fit.settings import Settings, rate
 from deltatune.heads.base import Batch, Example, collate
 from deltatune.methods.reparameterization.lora import LoRA
+from deltatune.training.fit import fit_plans
+from deltatune.training.job import HEAD_LR, Job, Plan, make_jobs
+from deltatune.training.settings import Settings, rate
 
 NAME = "equivalence"
 REAL = ("sst2", "mrpc", "snips_intent", "wikigold")

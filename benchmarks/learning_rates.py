@@ -18,9 +18,9 @@ from pathlib import Path
 from deltatune.backbone.load import load
 from deltatune.data.load import load_task
 from deltatune.delta.catalogue import catalogue
-from deltatune.fit.fit import fit_plans
-from deltatune.fit.job import Plan
-from deltatune.fit.settings import Settings
+from deltatune.training.fit import fit_plans
+from deltatune.training.job import Plan
+from deltatune.training.settings import Settings
 
 OUT = Path(__file__).parents[1] / "docs" / "learning_rates.tsv"
 FIELDS = ("task", "method", "lr", "seed", "dev", "state")

@@ -25,10 +25,10 @@ from deltatune.backbone.load import Backbone, load
 from deltatune.compose.expression import parse
 from deltatune.data.task import Task
 from deltatune.delta import attention
-from deltatune.fit.engine import Engine, working_copy
-from deltatune.fit.job import Job, Plan, batch_of, make_jobs
-from deltatune.fit.settings import Precision, Settings, resolve_precision
 from deltatune.heads.base import Example, collate
+from deltatune.training.engine import Engine, working_copy
+from deltatune.training.job import Job, Plan, batch_of, make_jobs
+from deltatune.training.settings import Precision, Settings, resolve_precision
 
 REAL = (
     "sst2", "mrpc", "wikigold", "snips_intent", "rte", "conll04_ner", "scicite", "snli_small",

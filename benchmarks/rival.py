@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from deltatune.backbone.embedded import EMBEDDED, locate
 from deltatune.data.task import Task
-from deltatune.fit.settings import rate
 from deltatune.heads.base import Example
+from deltatune.training.settings import rate
 
 
 @dataclass(frozen=True)

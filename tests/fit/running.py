@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from tests.fit.tiny import backbone, jobs_of, tensors
 
-from deltatune.fit.engine import Engine
-from deltatune.fit.job import Plan
+from deltatune.training.engine import Engine
+from deltatune.training.job import Plan
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections import Counter
 
 from tests.fit.tiny import backbone, jobs_of, plan, task
 
-from deltatune.fit.engine import Engine
+from deltatune.training.engine import Engine
 
 
 def rows(job, step):

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from tests.fit.tiny import backbone, jobs_of, plan, same_bits, task, tensors
 
 from deltatune.errors import OutputError
-from deltatune.fit import checkpoint
-from deltatune.fit import fit as fit_module
-from deltatune.fit.engine import Engine, train
-from deltatune.fit.fit import fit_plans
-from deltatune.fit.tune import Budget, _settled
+from deltatune.training import checkpoint
+from deltatune.training import fit as fit_module
+from deltatune.training.engine import Engine, train
+from deltatune.training.fit import fit_plans
+from deltatune.training.tune import Budget, _settled
 
 PLANS = [plan("lora(dropout=0.2)"), plan("adapter", seed=1, patience=1), plan("head")]
 

@@ -11,10 +11,10 @@ import torch
 from tests.fit.running import run
 from tests.fit.tiny import QUICK, backbone, furthest, jobs_of, plan, task, tensors
 
-from deltatune.fit.engine import Engine, train
-from deltatune.fit.fit import fit_plans
 from deltatune.studies.result import build_result
 from deltatune.studies.table import summary_table
+from deltatune.training.engine import Engine, train
+from deltatune.training.fit import fit_plans
 
 SETTINGS = dataclasses.replace(QUICK, steps=15, precision="auto")
 GOOD = [
@@ -98,7 +98,7 @@ def test_a_training_that_diverges_late_keeps_what_was_best_before():
 
     train(engine, listener=spoil)
     assert (jobs[0].state, jobs[0].step) == ("nan", 6)
-    from deltatune.fit.fit import finish
+    from deltatune.training.fit import finish
 
     trained = finish(engine, jobs, open_test=True)
     engine.close()

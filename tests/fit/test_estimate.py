@@ -9,11 +9,11 @@ import sys
 import pytest
 from tests.fit.tiny import backbone, furthest, jobs_of, plan, task, tensors
 
-from deltatune.fit import estimate as module
-from deltatune.fit.engine import Engine, train
-from deltatune.fit.estimate import Estimate, estimate
-from deltatune.fit.fit import fit_plans
 from deltatune.studies.verbs import run_plans
+from deltatune.training import estimate as module
+from deltatune.training.engine import Engine, train
+from deltatune.training.estimate import Estimate, estimate
+from deltatune.training.fit import fit_plans
 
 LONG = task(name="long", longest=20)
 PLANS = [
@@ -123,9 +123,9 @@ import sklearn.linear_model, sklearn.metrics
 from deltatune.backbone.load import load
 from deltatune.compose.expression import parse
 from deltatune.data.load import load_task
-from deltatune.fit.fit import fit_plans
-from deltatune.fit.job import Plan
-from deltatune.fit.settings import Settings
+from deltatune.training.fit import fit_plans
+from deltatune.training.job import Plan
+from deltatune.training.settings import Settings
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -144,7 +144,7 @@ print(json.dumps([said[0].memory, peak() - before]))
 @pytest.mark.parametrize(
     ("deltas", "seeds", "precision", "length"),
     [
-        ("lora adapter", 2, "float32", 64),
+        pytest.param("lora adapter", 2, "float32", 64, marks=pytest.mark.slow),
         pytest.param("lora", 1, "float32", 64, marks=pytest.mark.slow),
         pytest.param("lora prefix", 2, "bfloat16", 64, marks=pytest.mark.slow),
         pytest.param("full", 2, "float32", 32, marks=pytest.mark.slow),

@@ -9,9 +9,9 @@ import torch
 from tests.fit.tiny import QUICK, backbone, furthest, jobs_of, plan, task
 
 from deltatune.delta.adapted import Adapted
-from deltatune.fit.engine import Engine
-from deltatune.fit.settings import rate
 from deltatune.heads.base import collate
+from deltatune.training.engine import Engine
+from deltatune.training.settings import rate
 
 STEPS = 20
 

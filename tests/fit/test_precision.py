@@ -7,9 +7,9 @@ import torch
 from tests.fit.tiny import backbone, jobs_of, plan, task
 
 from deltatune.errors import UserError
-from deltatune.fit.engine import working_copy
-from deltatune.fit.fit import fit_plans
-from deltatune.fit.settings import Settings, resolve_precision
+from deltatune.training.engine import working_copy
+from deltatune.training.fit import fit_plans
+from deltatune.training.settings import Settings, resolve_precision
 
 
 @pytest.mark.parametrize(

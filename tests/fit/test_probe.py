@@ -11,9 +11,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from tests.fit.tiny import backbone, jobs_of, plan, same_bits, task
 
-from deltatune.fit import probe as module
-from deltatune.fit.probe import STRENGTHS, features, probe
 from deltatune.heads.choose import head_for
+from deltatune.training import probe as module
+from deltatune.training.probe import STRENGTHS, features, probe
 
 
 def pieces(on, data):

@@ -10,11 +10,11 @@ import torch
 from tests.fit.tiny import QUICK, backbone, furthest, jobs_of, plan, same_bits, task, tensors
 
 from deltatune.errors import UserError
-from deltatune.fit import engine as engine_module
-from deltatune.fit.engine import Engine, evaluates, train
-from deltatune.fit.evaluate import predict
-from deltatune.fit.fit import fit_plans
-from deltatune.fit.settings import Settings, rate
+from deltatune.training import engine as engine_module
+from deltatune.training.engine import Engine, evaluates, train
+from deltatune.training.evaluate import predict
+from deltatune.training.fit import fit_plans
+from deltatune.training.settings import Settings, rate
 
 
 def engine_of(plans, dtype=torch.float32):

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from deltatune.backbone.load import Backbone
 from deltatune.compose.expression import parse
 from deltatune.data.task import Kind, Task
-from deltatune.fit.job import Job, Plan, make_jobs
-from deltatune.fit.settings import Settings
 from deltatune.laws.families import tiny
+from deltatune.training.job import Job, Plan, make_jobs
+from deltatune.training.settings import Settings
 
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 FRAME = ("Label:", "Answer:", "good", "bad", "fine")

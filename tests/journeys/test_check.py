@@ -55,6 +55,7 @@ def test_method_that_keeps_the_laws(run: Run, tmp_path: Path) -> None:
     assert len(source.splitlines()) < 50
     (tmp_path / "gain.py").write_text(source)
     said = run("check gain.py --family bert --json")
+    assert "unknown method 'gain'" in run("methods gain").mistake()  # it was not installed by that
     found = said.json()
     assert found["holds"] is True
     assert len(found["laws"]) > 15
@@ -64,12 +65,11 @@ def test_method_that_keeps_the_laws(run: Run, tmp_path: Path) -> None:
 
 
 def test_method_that_breaks_one(run: Run, tmp_path: Path) -> None:
-    # A name of its own: classes of a file that was checked before live as long as this process.
-    (tmp_path / "loud.py").write_text(GAIN.replace("START", "1.5").replace("Gain(", "Loud("))
-    said = run("check loud.py --family bert")
+    (tmp_path / "gain.py").write_text(GAIN.replace("START", "1.5"))
+    said = run("check gain.py --family bert")
     assert said.status == 2
     assert "identity_at_init" in said.out
-    assert said.err.splitlines()[-1].startswith("error: loud breaks identity_at_init on bert: declared the identity")
+    assert said.err.splitlines()[-1].startswith("error: gain breaks identity_at_init on bert: declared the identity")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import deltatune.cli.progress as shown
-import deltatune.fit.fit as fitting
+import deltatune.training.fit as fitting
 
 from .conftest import Run
 

@@ -41,3 +41,4 @@ def test_every_public_thing_says_what_it_is() -> None:
     for name in SURFACE:
         if name != "__version__":
             assert (getattr(dt, name).__doc__ or "").strip(), f"{name} has no docstring"
+            assert callable(getattr(dt, name)), f"{name} is hidden by a package of that name"

@@ -86,24 +86,27 @@ def _faults(broken: Sequence[Any]) -> Any:
 
 @contextmanager
 def imported(file: Path) -> Iterator[list[type[Method]]]:
-    """Import a file and yield the methods that it defines; its module can be found for as long as the block runs.
+    """Import a file and yield the methods that it defines; they are in the catalogue for as long as the block runs.
 
     UserError if it cannot be imported, or defines no method, or one whose name is taken.
     """
     from deltatune.delta.catalogue import catalogue
 
-    taken = {name: cls.__module__ for name, cls in catalogue().items()}
+    known = catalogue()
     module = _module(file)
+    added: list[str] = []
     try:
         methods = _methods(module, file)
         for method in methods:
-            if method.name() in taken:
-                raise UserError(
-                    f"{file}: the name {method.name()!r} is taken by {taken[method.name()]}; choose another"
-                )
-        catalogue.cache_clear()  # what is saved is read again by the method's name
+            name = method.name()
+            if name in known:
+                raise UserError(f"{file}: the name {name!r} is taken by {known[name].__module__}; choose another")
+            known[name] = method  # what is saved is read again by the method's name
+            added.append(name)
         yield methods
     finally:
+        for name in added:
+            del known[name]
         del sys.modules[module.__name__]
 
 

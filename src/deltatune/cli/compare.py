@@ -56,7 +56,7 @@ def compared(a: Ready, b: Ready, first: str, second: str, task: Task, split: str
     """Return what `--json` prints of two deltas on a split of a task."""
     from deltatune.cli.scoring import difference, mcnemar, resamples, right, said, scored
     from deltatune.data.metrics import references
-    from deltatune.fit.evaluate import task_rows
+    from deltatune.training.evaluate import task_rows
 
     rows = task_rows(task, split)
     gold = references(task.kind, rows)

@@ -22,7 +22,7 @@ def evaluate(
     from deltatune.cli.saved import ready, task_for
     from deltatune.cli.scoring import resamples, said, scored, shown, split_of
     from deltatune.data.metrics import constant, majority, references, score
-    from deltatune.fit.evaluate import task_rows
+    from deltatune.training.evaluate import task_rows
 
     part = split_of(split)
     one = ready(folder, backbone)

@@ -65,8 +65,8 @@ def fit(
     from deltatune.backbone.load import load
     from deltatune.compose.expression import parse
     from deltatune.data.load import load_task
-    from deltatune.fit.job import Plan
     from deltatune.studies.verbs import check_out, run_plans
+    from deltatune.training.job import Plan
 
     settings = settings_from(
         lr=lr, steps=steps, epochs=epochs, batch=batch, max_length=max_length, patience=patience, precision=precision

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-    from deltatune.fit.job import Job
+    from deltatune.training.job import Job
 
 EVERY = 0.25  # seconds between two drawings
 RECENT = 20  # steps over which a loss is averaged

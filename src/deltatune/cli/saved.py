@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from deltatune.data.task import Row, Task
     from deltatune.delta.adapted import Adapted
     from deltatune.delta.delta import Delta
-    from deltatune.fit.evaluate import Predictions
     from deltatune.heads.base import TaskHead
+    from deltatune.training.evaluate import Predictions
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Ready:
 
     def predict(self, rows: Sequence[Row]) -> Predictions:
         """Predict rows, of which only the inputs are read."""
-        from deltatune.fit.evaluate import predict
+        from deltatune.training.evaluate import predict
 
         return predict(self.adapted, self.delta, self.head, rows, self.limit)
 
@@ -59,9 +59,9 @@ def ready(folder: Path, backbone: str | None = None, known: dict[str, Backbone] 
     from deltatune.backbone.load import load
     from deltatune.delta.adapted import Adapted
     from deltatune.delta.attach import check_fits
-    from deltatune.fit.engine import working_copy
-    from deltatune.fit.fit import settings_of
-    from deltatune.fit.job import room
+    from deltatune.training.engine import working_copy
+    from deltatune.training.fit import settings_of
+    from deltatune.training.job import room
 
     delta = read(folder)
     settings = settings_of(delta)

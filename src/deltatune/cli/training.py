@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import typer
     from rich.console import RenderableType
 
-    from deltatune.fit.estimate import Estimate
-    from deltatune.fit.settings import Settings
     from deltatune.studies.verbs import Runs
+    from deltatune.training.estimate import Estimate
+    from deltatune.training.settings import Settings
 
 
 class Announce:

@@ -53,9 +53,9 @@ def tune(
     The chosen delta lands in OUT with a report. A search that was stopped goes on when the same command is given again.
     """
     from deltatune.data.load import load_task
-    from deltatune.fit.tune import Budget
     from deltatune.studies.verbs import check_out
     from deltatune.studies.verbs import tune as find
+    from deltatune.training.tune import Budget
 
     settings = settings_from(batch=batch, max_length=max_length, precision=precision)
     Budget.parse(budget)

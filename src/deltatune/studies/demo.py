@@ -13,12 +13,12 @@ from deltatune.backbone.load import Backbone, load
 from deltatune.compose.expression import parse
 from deltatune.data.load import load_task
 from deltatune.data.task import INPUTS, Task
-from deltatune.fit.engine import Engine, Listener, working_copy
-from deltatune.fit.evaluate import predict
-from deltatune.fit.job import Plan, make_jobs
-from deltatune.fit.settings import Settings, resolve_precision
 from deltatune.studies.result import label_of
 from deltatune.studies.verbs import Announce, Runs, run_plans
+from deltatune.training.engine import Engine, Listener, working_copy
+from deltatune.training.evaluate import predict
+from deltatune.training.job import Plan, make_jobs
+from deltatune.training.settings import Settings, resolve_precision
 
 TASK, STORY = "stdlib_pair", "stdlib_summary"
 DELTAS = ("lora", "adapter", "parallel_adapter", "prefix", "bitfit", "ia3")

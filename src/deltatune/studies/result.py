@@ -13,10 +13,10 @@ from deltatune.backbone.load import Backbone
 from deltatune.data.intervals import bootstrap_paired, interval
 from deltatune.data.metrics import references
 from deltatune.data.task import INPUTS, Row, Task
-from deltatune.fit.fit import Trained, majority_scores, versions
-from deltatune.fit.job import Plan
-from deltatune.fit.tune import Tuned
 from deltatune.studies.schema import HEAD_ONLY, SCHEMA, check_result
+from deltatune.training.fit import Trained, majority_scores, versions
+from deltatune.training.job import Plan
+from deltatune.training.tune import Tuned
 
 BASELINES = {"head": HEAD_ONLY, "full": "full tuning"}
 EXAMPLES_KEPT = 2000

@@ -19,17 +19,17 @@ from deltatune.data.task import Task
 from deltatune.delta.delta import Delta
 from deltatune.delta.method import Spec
 from deltatune.errors import OutputError, UserError
-from deltatune.fit.engine import Listener
-from deltatune.fit.estimate import Estimate
-from deltatune.fit.fit import Trained, fit_plans
-from deltatune.fit.job import Plan
-from deltatune.fit.settings import Settings
-from deltatune.fit.tune import Budget
-from deltatune.fit.tune import tune as run_tune
 from deltatune.studies.report import write_report
 from deltatune.studies.result import build_result, label_of, planned_label
 from deltatune.studies.schema import SCHEMA
 from deltatune.studies.table import summary_table
+from deltatune.training.engine import Listener
+from deltatune.training.estimate import Estimate
+from deltatune.training.fit import Trained, fit_plans
+from deltatune.training.job import Plan
+from deltatune.training.settings import Settings
+from deltatune.training.tune import Budget
+from deltatune.training.tune import tune as run_tune
 
 Announce = Callable[[Estimate], None]
 

@@ -15,9 +15,9 @@ from deltatune.delta.adapted import Adapted
 from deltatune.delta.call import Segment
 from deltatune.delta.delta import Delta
 from deltatune.errors import TaskError
-from deltatune.fit.job import Job, room
 from deltatune.heads.base import Example, TaskHead, collate
 from deltatune.heads.language import Generation
+from deltatune.training.job import Job, room
 
 TOKENS = 8192  # most tokens of one physical batch of predictions
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from deltatune.fit.engine import Engine
-from deltatune.fit.job import Job, batch_of
+from deltatune.training.engine import Engine
+from deltatune.training.job import Job, batch_of
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from deltatune.data.task import Task
 from deltatune.delta.delta import Delta
 from deltatune.delta.head import Head
 from deltatune.errors import UserError
-from deltatune.fit import checkpoint
-from deltatune.fit.engine import Engine, Listener, train, working_copy
-from deltatune.fit.estimate import Estimate, estimate
-from deltatune.fit.evaluate import Predictions, in_groups, predict_many, task_rows
-from deltatune.fit.job import Job, Plan, Point, make_jobs
-from deltatune.fit.settings import resolve_precision
+from deltatune.training import checkpoint
+from deltatune.training.engine import Engine, Listener, train, working_copy
+from deltatune.training.estimate import Estimate, estimate
+from deltatune.training.evaluate import Predictions, in_groups, predict_many, task_rows
+from deltatune.training.job import Job, Plan, Point, make_jobs
+from deltatune.training.settings import resolve_precision
 
 CHECKPOINT_EVERY = 20.0  # seconds; when it is written changes nothing in the result
 

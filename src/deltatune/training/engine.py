@@ -20,9 +20,9 @@ from deltatune.delta.adapted import Adapted
 from deltatune.delta.call import Call, Draw, Segment
 from deltatune.delta.delta import Delta
 from deltatune.errors import SiteError
-from deltatune.fit.evaluate import evaluate
-from deltatune.fit.job import Job, Point, batch_of, prompt_tokens
 from deltatune.heads.base import Batch, collate
+from deltatune.training.evaluate import evaluate
+from deltatune.training.job import Job, Point, batch_of, prompt_tokens
 
 Listener = Callable[[Sequence[Job], str], None]
 

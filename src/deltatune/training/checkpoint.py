@@ -21,7 +21,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.data.task import Task
 from deltatune.delta.files import spec_record
 from deltatune.errors import OutputError
-from deltatune.fit.job import Job, Plan, Point
+from deltatune.training.job import Job, Plan, Point
 
 STATE = "state.safetensors"
 

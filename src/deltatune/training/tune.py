@@ -23,12 +23,12 @@ from deltatune.data.task import Task
 from deltatune.delta.delta import Delta
 from deltatune.delta.method import Spec
 from deltatune.errors import OutputError, SiteError, UserError
-from deltatune.fit import checkpoint
-from deltatune.fit.engine import Engine, Listener, train, working_copy
-from deltatune.fit.estimate import Estimate, estimate
-from deltatune.fit.fit import CHECKPOINT_EVERY, Trained, check_splits, finish
-from deltatune.fit.job import Job, Plan, make_jobs
-from deltatune.fit.settings import Settings, resolve_precision
+from deltatune.training import checkpoint
+from deltatune.training.engine import Engine, Listener, train, working_copy
+from deltatune.training.estimate import Estimate, estimate
+from deltatune.training.fit import CHECKPOINT_EVERY, Trained, check_splits, finish
+from deltatune.training.job import Job, Plan, make_jobs
+from deltatune.training.settings import Settings, resolve_precision
 
 # Methods × sites, each at some multiples of its own default rate: of all of RATES if the budget lets every candidate
 # that survives train for ENOUGH steps, else of fewer.

@@ -14,10 +14,10 @@ from deltatune.backbone.load import Backbone
 from deltatune.data.task import Task
 from deltatune.delta.delta import Delta, generator
 from deltatune.delta.method import Spec, members
-from deltatune.fit.probe import Probe, probe
-from deltatune.fit.settings import Settings, rate
 from deltatune.heads.base import Batch, Example, TaskHead, collate
 from deltatune.heads.choose import head_for
+from deltatune.training.probe import Probe, probe
+from deltatune.training.settings import Settings, rate
 
 State = Literal["waiting", "running", "done", "stopped", "nan"]
 HEAD_LR = 2e-3
