@@ -42,7 +42,7 @@ test-all: setup lint
 
 # make bench runs every script of benchmarks/, make bench NAME=speed only benchmarks/speed.py
 bench: setup
-	@for script in $(if $(NAME),benchmarks/$(NAME).py,$(wildcard benchmarks/[a-z]*.py)); do \
+	@for script in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out %/common.py %/rival.py,$(wildcard benchmarks/[a-z]*.py))); do \
 	  echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 docs: setup

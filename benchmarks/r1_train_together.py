@@ -6,7 +6,7 @@ Three methods (LoRA, adapter, BitFit) and heads of several kinds train together 
 BitFit, so its side trains a LoRA on every task; the mix "lora" compares LoRA with LoRA on both sides. PEFT runs at its
 defaults (float32, fused attention kernel, the model's own dropout) and at the best cell of a scripted search, with
 dropout off as in ours. A block is `--steps` optimiser steps of all 16 trainings; loading is not timed. The limit is
-twice a bare bfloat16 forward of the same examples, in whichever of two packings is faster.
+twice a bare bfloat16 forward of the same examples, without padding or in chunks of like length, whichever is faster.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rival import Cell, Training
 from deltatune.backbone.load import Backbone, load
 from deltatune.compose.expression import parse
 from deltatune.data.task import Task
-from deltatune.delta import attention
+from deltatune.delta import attention, packing
 from deltatune.heads.base import Example, collate
 from deltatune.training.engine import Engine, working_copy
 from deltatune.training.job import Job, Plan, batch_of, make_jobs
@@ -77,7 +77,7 @@ class Ours:
             job.step = step
 
     def block(
-        self, steps: int, *, joined: bool = True, batched: bool = True, plain: bool = True
+        self, steps: int, *, joined: bool = True, batched: bool = True, plain: bool = True, packed: bool = True
     ) -> Callable[[int], None]:
         """Return a run of some steps of all jobs, with one factor taken away if asked."""
         groups = [self.jobs] if joined else [[job] for job in self.jobs]
@@ -85,7 +85,7 @@ class Ours:
         def run(number: int) -> None:
             self.at(number * steps)
             self.engine.adapted.batched = batched
-            with attention_by_products(plain):
+            with attention_by_products(plain), padding_left_out(self.engine, packed):
                 for group in groups:
                     for _ in range(steps):
                         self.engine.step(group)
@@ -93,14 +93,18 @@ class Ours:
         return run
 
     def forward(self, steps: int, rows: int | None) -> Callable[[int], None]:
-        """Return a bare forward of the same examples: packed as the engine does, or in chunks of `rows` by length."""
+        """Return a bare forward of the same examples: without padding, or in padded chunks of `rows` by length."""
 
         def run(number: int) -> None:
             for step in range(number * steps, (number + 1) * steps):
                 self.at(step)
                 for chunk in self._chunks(rows):
+                    inputs = collate(chunk, self.working).inputs
                     with torch.inference_mode():
-                        self.working.trunk(**collate(chunk, self.working).inputs)
+                        if rows is None:
+                            self.engine.adapted.encode(inputs, deltas=None)
+                        else:
+                            self.working.trunk(**inputs)
 
         return run
 
@@ -120,6 +124,18 @@ def attention_by_products(wanted: bool) -> Iterator[None]:
         yield
     finally:
         attention.PLAIN_LENGTH = own
+
+
+@contextmanager
+def padding_left_out(engine: Engine, wanted: bool) -> Iterator[None]:
+    """Train on tokens without padding, or on padded rows grouped by length."""
+    own = packing.WASTE, engine.packs
+    if not wanted:
+        packing.WASTE, engine.packs = 2.0, False
+    try:
+        yield
+    finally:
+        packing.WASTE, engine.packs = own
 
 
 class Peft:
@@ -188,10 +204,11 @@ def measure(setting: Setting, loaded: Sequence[Task], backbone: Backbone, rows: 
         "ours": ours.block(options.steps),
         "PEFT, defaults": Peft(ours.jobs, default, blocks, options.steps).block(default),
         "PEFT, best": Peft(ours.jobs, best, blocks, options.steps).block(best),
-        "forward as packed": ours.forward(options.steps, None),
-        "forward by length": ours.forward(options.steps, 2 * setting.batch),
+        "forward, packed": ours.forward(options.steps, None),
+        "forward, by length": ours.forward(options.steps, 2 * setting.batch),
         "ours, float32": wide.block(options.steps),
         "ours, fused attention": ours.block(options.steps, plain=False),
+        "ours, padded": ours.block(options.steps, packed=False),
         "ours, loop over deltas": ours.block(options.steps, batched=False),
         "ours, one after the other": ours.block(options.steps, joined=False),
     }
@@ -203,8 +220,8 @@ def measure(setting: Setting, loaded: Sequence[Task], backbone: Backbone, rows: 
 
 
 def padding(ours: Ours, steps: int) -> dict[str, float]:
-    """Count the tokens of a step of all: bare, padded job by job, and padded as the engine packs them."""
-    bare = own = packed = 0
+    """Count the tokens of a step of all: bare, padded job by job, and padded all together."""
+    bare = own = together = 0
     for step in range(steps):
         ours.at(step)
         batches = {job.name: batch_of(job, ours.working) for job in ours.jobs}
@@ -212,8 +229,8 @@ def padding(ours: Ours, steps: int) -> dict[str, float]:
         own += sum(batch.length * len(batch.examples) for batch in batches.values())
         for group in ours.engine.groups(ours.jobs):
             members = [batches[job.name] for job in group]
-            packed += max(b.length for b in members) * sum(len(b.examples) for b in members)
-    return {"bare": bare / steps, "padded alone": own / steps, "padded together": packed / steps}
+            together += max(b.length for b in members) * sum(len(b.examples) for b in members)
+    return {"bare": bare / steps, "padded alone": own / steps, "padded together": together / steps}
 
 
 def gate(setting: Setting, loaded: Sequence[Task], backbone: Backbone, rows: Rows, steps: int) -> dict[str, Any]:
@@ -271,10 +288,11 @@ def _mean_gap(a: Sequence[float], b: Sequence[float]) -> float:
 def ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Return the ratios of one setting: over PEFT, over the limit, and what each factor gives."""
     mine = seconds["ours"]
-    limit = [2 * min(pair) for pair in zip(seconds["forward as packed"], seconds["forward by length"], strict=True)]
+    limit = [2 * min(pair) for pair in zip(seconds["forward, packed"], seconds["forward, by length"], strict=True)]
     factors = {
         "dtype": "ours, float32",
         "attention": "ours, fused attention",
+        "packing": "ours, padded",
         "batching": "ours, loop over deltas",
         "joining": "ours, one after the other",
     }
@@ -299,17 +317,18 @@ def told(setting: Setting, measured: dict[str, Any], found: dict[str, Any], numb
         for name, what, variant in (
             ("dtype", "float32", "ours, float32"),
             ("attention", "the fused kernel", "ours, fused attention"),
+            ("packing", "rows padded", "ours, padded"),
             ("batching", "a loop over deltas", "ours, loop over deltas"),
             ("joining", "one training after the other", "ours, one after the other"),
         )
     ]
-    bare, own, packed = (round(measured["tokens"][k]) for k in ("bare", "padded alone", "padded together"))
+    bare, own, together = (round(measured["tokens"][k]) for k in ("bare", "padded alone", "padded together"))
     limit = found["over_limit"]
     return (
         f"### {number} trainings, batch {setting.batch}, {setting.mix}, at most {setting.length} tokens a row\n\n"
         + table(("one optimiser step of all", "ms", "times ours"), lines)
         + f"\n\nOurs takes {limit} times the limit (twice a bare bfloat16 forward of the same examples). A step has "
-        f"{bare:,} tokens, {own:,} padded job by job, {packed:,} padded as packed together."
+        f"{bare:,} tokens, {own:,} padded job by job, {together:,} padded all together."
     )
 
 

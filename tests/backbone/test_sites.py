@@ -14,6 +14,7 @@ from deltatune.delta.adapted import Adapted
 from deltatune.delta.delta import Delta
 from deltatune.delta.layer import Layer, Params
 from deltatune.laws.families import FAMILIES, inputs, tiny
+from deltatune.methods.specification.bitfit import BitFit
 
 POST_NORM = ("bert", "roberta", "distilbert")
 # The order in which a block computes; parts of one rank do not see each other.
@@ -217,6 +218,38 @@ def test_queries_keys_and_values_of_gpt2_are_views_of_one_linear() -> None:
         changed = {p for p in "qkv" if not torch.equal(again[f"decoder.0.attn.{p}"][1], seen[f"decoder.0.attn.{p}"][1])}
         assert changed == {part}
         assert not torch.equal(again["decoder.0.attn.o"][1], seen["decoder.0.attn.o"][1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_queries_keys_and_values_are_what_they_are_called(family: str) -> None:
+    """A constant added to all keys changes nothing, to all values moves the output by W_o c, to queries more than that."""
+    batch = inputs(family)
+    backbone = Backbone(tiny(family).double())
+    groups = sorted({site.key.removesuffix(".q") for site in backbone.anatomy.sites if site.name.endswith(".q")})
+
+    def outputs(key: str, value: float) -> Tensor:
+        """The tensor at `<group>.o` with a constant vector added at one site."""
+        site = backbone.anatomy.by_key[key]
+        last = backbone.module.get_submodule(backbone.anatomy.by_key[f"{key.rpartition('.')[0]}.o"].exit)
+        kept: list[Tensor] = []
+        handle = last.register_forward_hook(lambda m, a, h: kept.append(h))
+        delta = Delta(BitFit(), [(0, site)], name="constant").double()
+        with torch.no_grad(), Adapted(backbone, [delta]) as adapted:
+            draw = torch.randn(site.d_out, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            next(delta.parameters()).copy_(value * draw)
+            adapted(**batch)
+        handle.remove()
+        return kept[-1]
+
+    for group in groups:
+        bare = outputs(f"{group}.v", 0.0)
+        moved = outputs(f"{group}.v", 1.0) - bare
+        assert float(moved.abs().max()) > 1e-2
+        assert float((moved - moved[:1, :1]).abs().max()) < 1e-9, f"{group}.v"
+        for part, changes in (("q", True), ("k", family == "llama")):  # rotated keys are not all moved alike
+            difference = outputs(f"{group}.{part}", 1.0) - bare
+            assert (float(difference.abs().max()) > 1e-6) == changes, f"{group}.{part}"
+            assert not changes or float((difference - difference[:1, :1]).abs().max()) > 1e-6, f"{group}.{part}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

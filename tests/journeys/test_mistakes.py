@@ -150,6 +150,13 @@ class TestDeltas:
         file.write_text(json.dumps(manifest))
         assert "unknown method 'lorra'; nearest: lora" in self.mistake(run)
 
+    def test_tampered_record(self, run: Run) -> None:
+        file = self.delta / "delta.json"
+        manifest = json.loads(file.read_text())
+        manifest["record"]["task"]["labels"].reverse()
+        file.write_text(json.dumps(manifest))
+        assert "delta.json was changed after it was saved" in self.mistake(run)
+
     def test_manifest_without_a_key(self, run: Run) -> None:
         file = self.delta / "delta.json"
         manifest = json.loads(file.read_text())

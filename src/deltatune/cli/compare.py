@@ -54,14 +54,15 @@ def compare(
 
 def compared(a: Ready, b: Ready, first: str, second: str, task: Task, split: str) -> dict[str, Any]:
     """Return what `--json` prints of two deltas on a split of a task."""
-    from deltatune.cli.scoring import difference, mcnemar, resamples, right, said, scored
+    from deltatune.cli.scoring import mcnemar, right, said
     from deltatune.data.metrics import references
+    from deltatune.data.scores import difference_interval, resamples, score_interval
     from deltatune.training.evaluate import task_rows
 
     rows = task_rows(task, split)
     gold = references(task.kind, rows)
     ours, theirs = a.predict(rows).values, b.predict(rows).values
-    apart = difference(task.metric, ours, theirs, gold, task.labels)
+    apart = difference_interval(task.metric, ours, theirs, gold, task.labels)
     cells = [(right(p, g), right(q, g)) for p, q, g in zip(ours, theirs, gold, strict=True)]
     differ = [i for i in range(len(rows)) if ours[i] != theirs[i]]
     differ.sort(key=lambda i: (cells[i][0] == cells[i][1], i))  # first those that one of them has right
@@ -72,8 +73,8 @@ def compared(a: Ready, b: Ready, first: str, second: str, task: Task, split: str
         "split": split,
         "rows": len(rows),
         "metric": task.metric,
-        "a": {"delta": first, "score": said(scored(task.metric, ours, gold, task.labels))},
-        "b": {"delta": second, "score": said(scored(task.metric, theirs, gold, task.labels))},
+        "a": {"delta": first, "score": said(score_interval(task.metric, ours, gold, task.labels))},
+        "b": {"delta": second, "score": said(score_interval(task.metric, theirs, gold, task.labels))},
         "difference": said(apart),
         "resamples": resamples(task.metric),
         "disagreement": {

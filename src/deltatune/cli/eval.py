@@ -20,8 +20,9 @@ def evaluate(
 ) -> None:
     """Score a saved delta on a split of a task, with a bootstrap interval over examples, beside the majority class."""
     from deltatune.cli.saved import ready, task_for
-    from deltatune.cli.scoring import resamples, said, scored, shown, split_of
+    from deltatune.cli.scoring import said, shown, split_of
     from deltatune.data.metrics import constant, majority, references, score
+    from deltatune.data.scores import resamples, score_interval
     from deltatune.training.evaluate import task_rows
 
     part = split_of(split)
@@ -29,7 +30,7 @@ def evaluate(
     loaded = task_for(one, task, columns_of(columns), metric, limit)
     rows = task_rows(loaded, part)
     gold = references(loaded.kind, rows)
-    made = scored(loaded.metric, one.predict(rows).values, gold, loaded.labels)
+    made = score_interval(loaded.metric, one.predict(rows).values, gold, loaded.labels)
     guess = majority(loaded)
     baseline = score(loaded.metric, constant(guess, loaded, rows), gold, loaded.labels)
     result = {

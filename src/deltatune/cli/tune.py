@@ -37,7 +37,7 @@ def tune(
     ] = None,
     backbone: BackboneName = "minilm",
     seeds: Annotated[
-        int, typer.Option("--seeds", metavar="N", min=1, help="Seeds of the last two and the baseline.")
+        int, typer.Option("--seeds", metavar="N", min=1, help="Seeds of the last two and the baseline, at most.")
     ] = 3,
     seed: Annotated[int, typer.Option("--seed", metavar="SEED", min=0, help="The first seed.")] = 0,
     limit: Limit = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from deltatune.delta.bank import Bank
 from deltatune.delta.call import Call, Draw, Segment, entered, recalling, segments_of, swapped
 from deltatune.delta.delta import Delta
 from deltatune.delta.method import Spec
+from deltatune.delta.packing import Packed, offset_of, pack, unpack
 from deltatune.delta.tokens import Inserted, rewrite
 from deltatune.errors import RoutingError, UnknownName
 
@@ -127,9 +129,28 @@ class Adapted(nn.Module):
     def encode(self, inputs: dict[str, Tensor], *, deltas: Route = _UNSET, call: Call | None = None) -> Tensor:
         """Return the last hidden states [rows, tokens, width] of the trunk (the encoder of an encoder-decoder).
 
-        `call` is a call that was made before; `deltas` makes one.
+        `call` is a call that was made before; `deltas` makes one. Where many tokens are padding and the backbone allows
+        it, they are left out of the computation and come back as zeros.
         """
-        hidden: Tensor = self._run(self.source.trunk, (), inputs, deltas, call).last_hidden_state
+        call = self.call(_rows(inputs), deltas) if call is None else self._checked(call, inputs)
+        made = pack(self.source, self._bare, inputs, call.order) if call.plan.packs(call.training) else None
+        if made is None:
+            hidden: Tensor = self._run(self.source.trunk, (), inputs, _UNSET, call).last_hidden_state
+            return hidden
+        packed, short, places = made
+        call = dataclasses.replace(call, order=None, packed=packed)
+        hidden = self._run(self.source.trunk, (), short, _UNSET, call).last_hidden_state
+        return unpack(hidden, places, *inputs["input_ids"].shape)
+
+    @property
+    def packs(self) -> bool:
+        """Whether the backbone gives the same for a batch without its padding."""
+        return offset_of(self.source, self._bare) is not None
+
+    def _bare(self, packed: Packed | None, inputs: dict[str, Tensor]) -> Tensor:
+        rows = len(inputs["input_ids"]) if packed is None else len(packed.starts) - 1
+        call = dataclasses.replace(self.routed((Segment(None, rows),)), packed=packed)
+        hidden: Tensor = self._run(self.source.trunk, (), inputs, _UNSET, call).last_hidden_state
         return hidden
 
     def _run(
@@ -159,7 +180,7 @@ class Adapted(nn.Module):
         """A call that was made before: for this bank, for so many rows, and with nothing left from an earlier run."""
         if call.bank is not self.bank:
             raise RoutingError("this call was made by another Adapted; make it with this one's `call`")
-        if (rows := _rows(kwargs)) != call.rows:
+        if call.packed is None and (rows := _rows(kwargs)) != call.rows:
             raise RoutingError(f"the call routes {call.rows} rows, the batch has {rows}")
         call.gathered.clear()
         return call

@@ -65,6 +65,55 @@ def _attend(
     call = current()
     if call is None:
         return inner(module, query, key, value, mask, **kwargs)
+    if call.packed is not None:
+        return _packed(inner, call, module, query, key, value, kwargs), None
+    return _by_rows(inner, call, module, query, key, value, mask, kwargs)
+
+
+def _packed(
+    inner: Attention,
+    call: Call,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention of rows without padding, bucket by bucket; query, key and value are [1, heads, tokens, width].
+
+    A prefix is laid before whole rows in their order, so there all rows make one bucket.
+    """
+    assert call.packed is not None
+    if options.get("position_bias") is not None:
+        raise RoutingError("a position bias is given for rows, and these have no padding")
+    site = call.bank.attention_sites.get(module)
+    prefixed = site is not None and call.plan.rounds((site.key, "kv"))
+    grid = call.packed.rows if prefixed else call.packed.buckets
+    is_causal = options.get("is_causal")
+    ordered = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    cells = [grid.spread(t.squeeze(0).transpose(0, 1)) for t in (query, key, value)]
+    sizes = [rows * length for rows, length in grid.shapes]
+    found = []
+    for shape, seen, *parts in zip(
+        grid.shapes, grid.masks(query.device), *(c.split(sizes) for c in cells), strict=True
+    ):
+        q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
+        # Where a query sees nothing after itself, it does not see the padding either.
+        out, _ = _by_rows(inner, call, module, q, k, v, None if ordered else seen, options)
+        found.append(out.flatten(0, 1))
+    return grid.collect(torch.cat(found)).unsqueeze(0)
+
+
+def _by_rows(
+    inner: Attention,
+    call: Call,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
     site = call.bank.attention_sites.get(module)
     if site is not None and call.plan.rounds((site.key, "kv")):
         key, value, mask, bias = with_prefix(call, site, module, query, key, value, mask, kwargs)

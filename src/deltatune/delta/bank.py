@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -195,9 +196,16 @@ class Bank(nn.Module):
         rounds = call.plan.rounds(place)
         if not rounds:
             return h
+        part = site.view.take(h) if site.view is not None and port == "output" else h
+        if call.packed is not None:
+            shape, part = part.shape, call.packed.flat(part, site.key)
+            x = call.packed.flat(x, site.key) if x is not None else None
+            for runs in rounds:
+                part = self._round(call, place, runs, 1, x, part)
+            part = part.reshape(shape)
+            return site.view.put(h, part) if site.view is not None and port == "output" else part
         times = call.expansion(h.shape[0], site.key)
         order = call.permutation(times)
-        part = site.view.take(h) if site.view is not None and port == "output" else h
         if order is not None:
             part = part[order[0]]
             x = x[order[0]] if x is not None else None
@@ -210,17 +218,21 @@ class Bank(nn.Module):
     def _round(
         self, call: Call, place: Place, runs: tuple[Run, ...], times: int, x: Tensor | None, h: Tensor
     ) -> Tensor:
-        pieces: list[Tensor] = []
-        done = 0
+        bounds = [0]
         for run in runs:
-            start, stop = run.start * times, run.stop * times
-            if start > done:
-                pieces.append(h[done:start])
-            rows = None if x is None else x[start:stop]
-            pieces.append(self._run(call, place, run, rows, h[start:stop]))
-            done = stop
-        if done < h.shape[0]:
-            pieces.append(h[done:])
+            start, stop = call.start(run.start, times), call.start(run.stop, times)
+            bounds += [start, stop] if start > bounds[-1] else [stop]
+        if bounds[-1] < h.shape[0]:
+            bounds.append(h.shape[0])
+        sizes = [stop - start for start, stop in pairwise(bounds)]
+        # Not cut out one by one: the backward of a slice fills a tensor as large as the whole.
+        pieces = list(h.split(sizes))
+        reads = x is not None and any(run.layers[0].reads_input for run in runs)
+        rows: Sequence[Tensor | None] = x.split(sizes) if x is not None and reads else [None] * len(sizes)
+        where = {start: i for i, start in enumerate(bounds)}
+        for run in runs:
+            i = where[call.start(run.start, times)]
+            pieces[i] = self._run(call, place, run, rows[i], pieces[i])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _run(self, call: Call, place: Place, run: Run, x: Tensor | None, h: Tensor) -> Tensor:
@@ -230,6 +242,11 @@ class Bank(nn.Module):
             x = x.to(h.dtype)
             if layer.dropout and call.training:
                 x = dropped(call, run, place, layer.dropout, x)
+        grid = call.packed.parts(run.start, run.stop, k) if call.packed is not None and k > 1 else None
+        if grid is not None:  # deltas with different numbers of tokens
+            wide = grid.spread(x).unflatten(0, (k, -1)) if x is not None and layer.reads_input else None
+            return grid.collect(layer(params, wide, grid.spread(h).unflatten(0, (k, -1))).flatten(0, 1)).to(h.dtype)
+        if x is not None and layer.reads_input:
             x = x.reshape(k, -1, x.shape[-1]) if layer.positionwise else x
         before = h.reshape(k, -1, h.shape[-1]) if layer.positionwise else h
         x = x if layer.reads_input else None

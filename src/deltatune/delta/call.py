@@ -22,6 +22,7 @@ from deltatune.errors import RoutingError
 
 if TYPE_CHECKING:
     from deltatune.delta.bank import Bank
+    from deltatune.delta.packing import Packed
     from deltatune.delta.plan import Plan
 
 
@@ -52,7 +53,7 @@ class Call:
 
     `segments` cover the rows in the order `order` (None: as they stand). `expand` is how many times generation may
     repeat each row (beams, returned sequences). `draws` keys the dropout of each segment; None draws from torch's
-    generator.
+    generator. `packed` says where the tokens of each row stand if the batch has no padding; its rows stand in order.
     """
 
     bank: Bank
@@ -62,6 +63,7 @@ class Call:
     expand: int = 1
     training: bool = False
     draws: tuple[Draw, ...] | None = None
+    packed: Packed | None = None
     # Weights that stand in for the backbone's, inputs of open spans, and parameters gathered; private to the engine.
     swaps: list[Swap] = field(default_factory=list, repr=False)
     spans: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -79,6 +81,10 @@ class Call:
             expected = f"{self.rows}" if self.expand == 1 else f"{self.rows} or {self.rows * self.expand}"
             raise RoutingError(f"{place} got {size} rows, the call routes {expected}; give one delta per input row")
         return times
+
+    def start(self, row: int, times: int) -> int:
+        """Return where a row begins along dimension 0 of a tensor of rows repeated `times`, or of tokens."""
+        return row * times if self.packed is None else self.packed.starts[row]
 
     def permutation(self, times: int) -> tuple[Tensor, Tensor] | None:
         """Return (order, inverse) over rows repeated `times`, or None if the rows stand in order already."""

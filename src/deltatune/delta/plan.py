@@ -15,6 +15,7 @@ from deltatune.delta.layer import Layer
 
 if TYPE_CHECKING:
     from deltatune.delta.bank import Bank
+    from deltatune.delta.delta import Delta
 
 Place = tuple[str, str]  # (site key, port)
 
@@ -46,6 +47,11 @@ class Plan:
         if found is None:  # of two threads that build it at a time, one wins
             found = self._rounds.setdefault(place, tuple(self._build(place)))
         return found
+
+    def packs(self, training: bool) -> bool:
+        """Whether every delta of this routing may run on tokens without padding."""
+        names = {segment.delta for segment in self._segments if segment.delta is not None}
+        return all(packs(self._bank[name], training) for name in names)
 
     def _build(self, place: Place) -> list[tuple[Run, ...]]:
         layers = self._bank.layers_at(place)
@@ -85,3 +91,14 @@ class Plan:
             and (left.stop - left.start) // len(left.layers) == right.stop - right.start
             and first.kind() == layer.kind()
         )
+
+
+def packs(delta: Delta, training: bool) -> bool:
+    """Whether a delta may run on tokens without padding.
+
+    Layers that see whole rows, and those that put tokens in, need the rows; dropout is drawn row by row.
+    """
+    return all(
+        layer.positionwise and layer.port != "tokens" and not (training and layer.dropout)
+        for _, layer in delta.at_sites()
+    )

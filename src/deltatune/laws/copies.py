@@ -54,9 +54,9 @@ def _copied(subject: Subject, how: str, make: Callable[[Adapted], Adapted]) -> N
     backbone = subject.fresh()
     deltas = [made(subject.spec, backbone, name, seed=seed) for seed, name in enumerate(("one", "two"))]
     adapted = Adapted(backbone, deltas)
-    rows = subject.rows(4)
+    rows = subject.rows(5)
     port = {layer.port for _, layer in deltas[0].at_sites()}
-    route: list[str | None] = ["one"] * 4 if "weight" in port else ["one", "two", None, "two"]
+    route: list[str | None] = ["one"] * 5 if "weight" in port else ["one", "two", None, "two", "one"]
     wanted = subject.run(adapted, rows, route)  # makes the stacks, so that the copy has to end them
     other = make(adapted)
     agree_rows(subject.run(other, rows, route), wanted, f"{how}: the copy's output")

@@ -12,6 +12,7 @@ import torch
 from deltatune.backbone.load import Backbone
 from deltatune.data.intervals import bootstrap_paired, interval
 from deltatune.data.metrics import references
+from deltatune.data.scores import score_interval
 from deltatune.data.task import INPUTS, Row, Task
 from deltatune.studies.schema import HEAD_ONLY, SCHEMA, check_result
 from deltatune.training.fit import Trained, majority_scores, versions
@@ -195,11 +196,10 @@ def _examples(task: Task, trained: Sequence[Trained], labels: Sequence[str]) -> 
 
 
 def rivals_of(result: dict[str, Any], trained: Sequence[Trained]) -> tuple[list[str], list[str]]:
-    """Names, baselines included, that per-example dev scores do not tell apart from the chosen at 95 %, and better
-    ones.
+    """Return what per-example dev scores do not tell apart from the chosen at 95 %, and the baselines that are better.
 
     Scores of an example are averaged over seeds; metrics that are no mean over examples are compared by exact match of
-    whole rows.
+    whole rows. By that a candidate may come out ahead of the chosen, which the metric put first: not told apart.
     """
     if result["chosen"] is None:
         return [], []
@@ -215,10 +215,9 @@ def rivals_of(result: dict[str, Any], trained: Sequence[Trained]) -> tuple[list[
     if mine is None:
         return [], []
     gaps = {label: bootstrap_paired(mine, other) for label, other in correct.items()}
-    return (
-        [label for label, gap in gaps.items() if not gap.excludes_zero],
-        [label for label, gap in gaps.items() if gap.excludes_zero and gap.mean < 0],
-    )
+    ahead = [label for label, gap in gaps.items() if gap.excludes_zero and gap.mean < 0]
+    better = [label for label in ahead if label in BASELINES.values()]
+    return [label for label, gap in gaps.items() if not gap.excludes_zero or label in {*ahead} - {*better}], better
 
 
 def _right(prediction: Any, gold: Any) -> float:
@@ -235,11 +234,7 @@ def sentence(result: dict[str, Any], trained: Sequence[Trained]) -> str:
         return f"No delta was fitted on {task}: every training diverged or none was asked for."
     split = "test" if row["test"] else "dev"
     score = row[split]
-    spread = (
-        f" (95 % interval {_points(score['low'])} to {_points(score['high'])} over {row['seeds']} seeds)"
-        if score["low"] is not None
-        else " (one seed, no interval)"
-    )
+    spread = _spread(row, split, [t for t in trained if label_of(t) == row["delta"]])
     share = row["trainable"] / result["backbone"]["parameters"]
     beside = [
         f"{r['delta']} {_points(r[split]['mean'])}"
@@ -261,6 +256,21 @@ def sentence(result: dict[str, Any], trained: Sequence[Trained]) -> str:
         f"trained parameters ({share:.2%} of {result['backbone']['name']}) in {row['bytes'] / 1e6:.2g} MB; "
         f"beside it, {', '.join(beside)}.{apart}"
     )
+
+
+def _spread(row: dict[str, Any], split: str, runs: Sequence[Trained]) -> str:
+    """Say the interval over seeds, or with one seed over the rows of the split."""
+    low, high = row[split]["low"], row[split]["high"]
+    if low is not None:
+        return f" (95 % interval {_points(low)} to {_points(high)} over {row['seeds']} seeds)"
+    task, made = runs[0].plan.task, getattr(runs[0], split)
+    if made is None:
+        return " (one seed, no interval)"
+    gold = references(task.kind, getattr(task, split))
+    _, low, high = score_interval(task.metric, made.values, gold, task.labels)
+    if low is None or high is None:
+        return " (one seed and one row, no interval)"
+    return f" (95 % interval {_points(low)} to {_points(high)} over {len(gold):,} {split} rows; one seed)"
 
 
 def _points(value: float) -> str:

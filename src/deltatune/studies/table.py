@@ -27,6 +27,7 @@ def summary_table(result: Mapping[str, Any]) -> Table:
     The chosen is marked and first, the baselines are last; the caption says what the intervals are and what diverged.
     Raises UserError when `result` does not fit the schema.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
@@ -38,19 +39,16 @@ def summary_table(result: Mapping[str, Any]) -> Table:
         notes.append("Diverged: " + ", ".join(f"{run['delta']} (seed {run['seed']})" for run in broken) + ".")
     # Text, not str: brackets in a delta or a task are not markup.
     table = Table(
-        title=Text(f"{result['task']['name']} on {result['backbone']['name']}"),
+        title=Text(f"{result['task']['name']} on {result['backbone']['name']}: {scale.label}"),
         caption=Text(" ".join(notes)),
         caption_justify="left",
+        # Without lines the name of a delta has room in 80 columns.
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
-    table.add_column("delta", overflow="fold")
-    for heading in (
-        "parameters",
-        f"dev {scale.label}",
-        f"test {scale.label}",
-        f"− {HEAD_ONLY} ({split})",
-        "time",
-        "size",
-    ):
+    table.add_column("delta", overflow="fold", min_width=15)
+    for heading in ("trained", "dev", "test", f"{split} over\n{HEAD_ONLY}", "time", "size"):
         table.add_column(heading, justify="right", no_wrap=True)
 
     def score(row: SummaryRow, on_test: bool) -> str:

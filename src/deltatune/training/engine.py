@@ -19,11 +19,13 @@ from deltatune.backbone.load import Backbone
 from deltatune.delta.adapted import Adapted
 from deltatune.delta.call import Call, Draw, Segment
 from deltatune.delta.delta import Delta
+from deltatune.delta.plan import packs
 from deltatune.errors import SiteError
 from deltatune.heads.base import Batch, collate
 from deltatune.training.evaluate import evaluate
 from deltatune.training.job import Job, Point, batch_of, prompt_tokens
 
+ROWS = "rows"  # what the jobs have in common that cannot do without padding
 Listener = Callable[[Sequence[Job], str], None]
 
 
@@ -41,7 +43,7 @@ class Engine:
         # The fingerprint is the original's; the working copy may be in another dtype, which is no news to anyone.
         self.adapted = Adapted(backbone, [job.delta for job in jobs], verify=False)
         self.adapted.bank.train()
-        self.where = {job.name: number for number, job in enumerate(self.jobs)}
+        self.packs = self.adapted.packs
         self._set_rank()
 
     def _set_rank(self) -> None:
@@ -76,27 +78,41 @@ class Engine:
         return self._pack(jobs, {job.name: batch_of(job, self.backbone) for job in jobs})
 
     def _pack(self, jobs: Sequence[Job], batches: dict[str, Batch]) -> list[list[Job]]:
-        """Group jobs into physical batches: like with like, at most so many tokens, weight layers alone."""
+        """Group jobs into physical batches of at most so many tokens: like with like, weight layers alone.
+
+        Where padding is left out, jobs stand by kind and their own tokens count; elsewhere those of like length stand
+        together, since each row is padded to the longest of its batch.
+        """
         groups: list[list[Job]] = []
-        rows = longest = prompt = 0
+        size = rows = prompt = 0
         most = self.backbone.positions or math.inf
-        for job in sorted(jobs, key=lambda j: self.rank[j.name]):
-            batch = batches[job.name]
-            size, length = rows + len(batch.examples), max(longest, batch.length)
+
+        def place(job: Job) -> tuple[object, ...]:
+            apart = _separate(job.delta)
+            length = 0 if self._packed(apart) else batches[job.name].length
+            return apart, length, self.rank[job.name]
+
+        for job in sorted(jobs, key=place):
+            batch, apart = batches[job.name], _separate(job.delta)
             added = max(prompt, prompt_tokens(job.plan.spec))
-            alone = _separate(job.delta)
+            rows += len(batch.examples)
+            # Of all so far this batch is the longest, or its own tokens count.
+            size = size + sum(len(e.ids) for e in batch.examples) if self._packed(apart) else rows * batch.length
             if (
                 not groups
-                or alone
-                or _separate(groups[-1][0].delta) != alone
-                or size * length > job.plan.settings.tokens
-                or length + added > most
+                or _separate(groups[-1][0].delta) != apart
+                or size > job.plan.settings.tokens
+                or batch.length + added > most
             ):
                 groups.append([])
-                size, length, added = len(batch.examples), batch.length, prompt_tokens(job.plan.spec)
+                rows, added = len(batch.examples), prompt_tokens(job.plan.spec)
+                size = sum(len(e.ids) for e in batch.examples) if self._packed(apart) else rows * batch.length
             groups[-1].append(job)
-            rows, longest, prompt = size, length, added
-        return groups
+            prompt = added
+        return [sorted(group, key=lambda job: self.rank[job.name]) for group in groups]
+
+    def _packed(self, apart: str) -> bool:
+        return self.packs and apart != ROWS
 
     def _backward(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> None:
         total: Tensor | None = None
@@ -115,13 +131,12 @@ class Engine:
         length = max(batch.length for batch in batches)
         together = collate([e for batch in batches for e in batch.examples], self.backbone, length)
         hidden = self.adapted.encode(together.inputs, call=self.call(jobs, batches))
-        found, start = [], 0
-        for job, batch in zip(jobs, batches, strict=True):
-            stop = start + len(batch.examples)
-            # At the batch's own padded length, as when it is alone.
-            found.append(job.head.loss(hidden[start:stop, : batch.length], batch, self.backbone))
-            start = stop
-        return found
+        parts = hidden.split([len(batch.examples) for batch in batches])
+        # At the batch's own padded length, as when it is alone.
+        return [
+            job.head.loss(part[:, : batch.length], batch, self.backbone)
+            for job, batch, part in zip(jobs, batches, parts, strict=True)
+        ]
 
     def call(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> Call:
         """Make the call of a physical batch, with the keys of each job's dropout."""
@@ -166,7 +181,9 @@ def _separate(delta: Delta) -> str:
     ports = {layer.port for _, layer in delta.at_sites()}
     if "weight" in ports:
         return delta.name
-    return "" if ports else "frozen"
+    if not ports:
+        return "frozen"
+    return "" if packs(delta, training=True) else ROWS
 
 
 def train(

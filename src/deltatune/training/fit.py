@@ -156,7 +156,13 @@ def _predicted(engine: Engine, jobs: Sequence[Job], split: str, limit: int) -> d
 def _record(job: Job, trained: Trained, backbone: Backbone) -> None:
     task = job.plan.task
     job.delta.record = {
-        "task": {"name": task.name, "kind": task.kind, "metric": task.metric, "labels": list(task.labels)},
+        "task": {
+            "name": task.name,
+            "kind": task.kind,
+            "metric": task.metric,
+            "labels": list(task.labels),
+            "fingerprint": task.fingerprint,
+        },
         "metrics": trained.metrics,
         "settings": {**job.plan.settings.record(), "lr": job.plan.lr, "seed": job.plan.seed},
         "steps": job.step,

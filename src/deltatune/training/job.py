@@ -139,13 +139,23 @@ def shuffled(fingerprint: str, seed: int, epoch: int, rows: int) -> list[int]:
     return _shuffles[key]
 
 
-def make_jobs(plans: Sequence[Plan], backbone: Backbone, origin: Backbone) -> list[Job]:
+@dataclass
+class Prepared:
+    """What jobs on the same rows share: encoded training rows and starts of heads, each made once."""
+
+    encoded: dict[tuple[str, str, int], list[Example]] = field(default_factory=dict)
+    starts: dict[tuple[str, str, int], Probe | None] = field(default_factory=dict)
+
+
+def make_jobs(
+    plans: Sequence[Plan], backbone: Backbone, origin: Backbone, prepared: Prepared | None = None
+) -> list[Job]:
     """Make the jobs of some plans: fresh deltas and heads, encoded training rows, optimisers.
 
-    `backbone` is the working copy that computes, `origin` the one whose fingerprint the deltas carry.
+    `backbone` is the working copy that computes, `origin` the one whose fingerprint the deltas carry. `prepared` keeps
+    what later jobs on the same rows need again.
     """
-    encoded: dict[tuple[str, str, int], list[Example]] = {}
-    probes: dict[tuple[str, str, int], Probe | None] = {}
+    made = Prepared() if prepared is None else prepared
     jobs: list[Job] = []
     for plan in plans:
         delta = Delta.build(plan.spec, origin, seed=plan.seed, name=plan.name)
@@ -153,19 +163,19 @@ def make_jobs(plans: Sequence[Plan], backbone: Backbone, origin: Backbone) -> li
         delta.head = head
         limit = min(plan.settings.max_length, room(plan.spec, backbone))
         key = (plan.task.fingerprint, repr(head.arguments), limit)
-        if key not in encoded:
-            encoded[key] = head.encode(plan.task.train, backbone, limit)
+        if key not in made.encoded:
+            made.encoded[key] = head.encode(plan.task.train, backbone, limit)
+        rows = made.encoded[key]
         if plan.settings.probe:
-            if key not in probes:
-                dev = head.encode(plan.task.dev, backbone, limit)
-                probes[key] = probe(head, encoded[key], dev, backbone)
-            start = probes[key]
+            if key not in made.starts:
+                made.starts[key] = probe(head, rows, head.encode(plan.task.dev, backbone, limit), backbone)
+            start = made.starts[key]
             if start is not None:
                 head.load_state_dict(start)
         delta.to(backbone.device)
         # What has no parameters (a language model that answers by itself) is looked at once.
-        steps = plan.settings.total_steps(len(encoded[key])) if list(delta.parameters()) else 1
-        jobs.append(Job(plan, delta, head, encoded[key], optimiser(plan, delta, head), steps))
+        steps = plan.settings.total_steps(len(rows)) if list(delta.parameters()) else 1
+        jobs.append(Job(plan, delta, head, rows, optimiser(plan, delta, head), steps))
     return jobs
 
 

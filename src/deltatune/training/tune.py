@@ -27,11 +27,10 @@ from deltatune.training import checkpoint
 from deltatune.training.engine import Engine, Listener, train, working_copy
 from deltatune.training.estimate import Estimate, estimate
 from deltatune.training.fit import CHECKPOINT_EVERY, Trained, check_splits, finish
-from deltatune.training.job import Job, Plan, make_jobs
+from deltatune.training.job import Job, Plan, Prepared, make_jobs
 from deltatune.training.settings import Settings, resolve_precision
 
-# Methods × sites, each at some multiples of its own default rate: of all of RATES if the budget lets every candidate
-# that survives train for ENOUGH steps, else of fewer.
+# Methods × sites, each at some multiples of its own default rate.
 SPACE = (
     "lora",
     'lora(r=8, at="attn.{q,k,v,o} ffn.{up,down}")',
@@ -41,15 +40,25 @@ SPACE = (
     "bitfit",
     "ia3",
 )
-RATES: tuple[tuple[float, ...], ...] = ((0.3, 1.0, 3.0), (1.0, 3.0), (1.0,))
-ENOUGH = 100
+# Rates tried and seeds of the finalists, from plenty to little: the first that lets a finalist train for ENOUGH of the
+# steps that are worth its time. A delta trained too briefly is worth less than an interval over seeds.
+LADDER: tuple[tuple[tuple[float, ...], float], ...] = (
+    ((0.3, 1.0, 3.0), 1.0),
+    ((1.0, 3.0), 1.0),
+    ((1.0,), 1.0),
+    ((1.0,), 2 / 3),
+    ((1.0,), 0.0),
+)
+ENOUGH = 0.5
 BASELINE = "head"
 ETA = 3  # a rung keeps one in ETA
 RUNGS = 3
 FINALISTS = 2
 EPOCHS = 6.0  # the longest training that is worth its time on a small task; the budget may shorten it
+MEASURED = 3  # steps of all candidates by which the cost of one is found
 FEWEST = 30  # steps below which a choice on dev says nothing
-EXTRA_SHARE = 0.45  # of the budget, for the finalists' further seeds
+TRAINING = 0.85  # share of a budget of time that training may plan for; the rest is for what surrounds it
+LATEST = 0.93  # share of a budget of time after which nothing is trained: test has to be looked at still
 
 State = Literal["chosen", "finished", "stopped", "failed"]
 
@@ -101,7 +110,7 @@ class Tuned:
 
 
 def candidates(
-    backbone: Backbone, max_params: int | None = None, rates: Sequence[float] = RATES[0]
+    backbone: Backbone, max_params: int | None = None, rates: Sequence[float] = LADDER[0][0]
 ) -> tuple[list[Candidate], list[str]]:
     """Return the candidates that fit the backbone and the limit, and what was left out with the reason."""
     found: list[Candidate] = []
@@ -118,9 +127,8 @@ def candidates(
             continue
         found += [Candidate(f"{text} lr={spec.lr * factor:.2g}", spec, spec.lr * factor, size) for factor in rates]
     if not found:
-        raise UserError(
-            f"no candidate is within --max-params {max_params}; the smallest needs more: {'; '.join(out[:3])}"
-        )
+        limit = "" if max_params is None else f" within --max-params {max_params:,}"
+        raise UserError(f"no candidate fits {backbone.name}{limit}: {'; '.join(out)}")
     return found, out
 
 
@@ -140,37 +148,41 @@ def tune(
     """Find the delta to take for a task.
 
     All candidates train together from one seed; after each rung the best third on dev goes on. The best two and the
-    head-only baseline are then trained from the other seeds, the choice is made on the mean dev score, and the test
-    split is opened once. With a folder a stopped run is resumed.
+    head-only baseline are then trained from the other seeds (of `seeds`, as many as the budget pays for), the choice is
+    made on the mean dev score, and the test split is opened once. With a folder a stopped run is resumed.
     """
     started = time.monotonic()
     check_splits([task])
     settings = settings or Settings()
-    found, left_out = candidates(backbone, max_params, RATES[-1])
+    found, left_out = candidates(backbone, max_params, LADDER[-1][0])
     working = working_copy(backbone, resolve_precision(settings.precision, backbone))
     whole = settings.steps or max(FEWEST, min(round(EPOCHS * len(task.train) / settings.batch), 800))
     place = folder / ".checkpoint" if folder else None
-    allowed = _settled(place, budget, partial(_allowance, found, task, settings, budget, backbone, working))
-    for rates in RATES:
+    prepared = Prepared()
+    allowed = _settled(place, budget, partial(_allowance, found, task, settings, budget, backbone, working, prepared))
+    for rates, share in LADDER:
         found, _ = candidates(backbone, max_params, rates)
-        horizon = int(max(FEWEST, min(whole, allowed / _trainings(len(found), seeds))))
-        if horizon >= min(whole, ENOUGH):
+        paid = max(1, round(seeds * share))
+        steps = min(whole, allowed / _trainings(len(found), paid))
+        if steps >= max(FEWEST, ENOUGH * whole):
             break
+    horizon = max(FEWEST, int(steps))
     settings = dataclasses.replace(settings, steps=horizon, evaluations=RUNGS)
     plans = [Plan(c.spec, task, seed, dataclasses.replace(settings, lr=c.lr), c.label) for c in found]
     plans.append(Plan(parse(BASELINE), task, seed, settings, BASELINE))
-    jobs = make_jobs(plans, working, backbone)
+    jobs = make_jobs(plans, working, backbone, prepared)
     engine = Engine(jobs, working)
     identity = checkpoint.identity(plans, backbone) if place else ""
     guess: Estimate | None = None
     try:
         done = checkpoint.read(place / "rungs", jobs, identity) if place else None
-        guess = estimate(engine)
+        guess = _scaled(estimate(engine), _trainings(len(found), paid) / len(jobs), budget)
         if announce:
             announce(guess)
         keep = _keeper(place / "rungs" if place else None, jobs, identity)
         if done is None or not done.get("finished"):
-            deadline = None if budget.seconds is None else started + budget.seconds * (1 - EXTRA_SHARE)
+            share = _search(len(found)) / _trainings(len(found), paid)
+            deadline = None if budget.seconds is None else started + budget.seconds * min(LATEST, share + 1 - TRAINING)
             _halve(jobs, engine, horizon, listener, keep, deadline)
             if place:
                 checkpoint.write(place / "rungs", jobs, identity, {"finished": True})
@@ -181,10 +193,17 @@ def tune(
     more = [
         Plan(j.plan.spec, task, s, j.plan.settings, j.plan.label)
         for j in [*best, jobs[-1]]
-        for s in _others(seed, seeds)
+        for s in _others(seed, paid)
     ]
-    trained = _finals(best, jobs[-1], more, working, backbone, place, listener, started, budget)
+    fresh = make_jobs(more, working, backbone, prepared)
+    trained = _finals(best, jobs[-1], fresh, working, backbone, place, listener, started, budget)
     return _choose(found, finalists, trained, left_out, guess, time.monotonic() - started)
+
+
+def _scaled(whole: Estimate, share: float, budget: Budget) -> Estimate:
+    """Return the estimate of a search, which stops most candidates early, from that of training all to the end."""
+    seconds = min(whole.seconds * share, budget.seconds or math.inf)
+    return dataclasses.replace(whole, seconds=seconds, tokens=round(whole.tokens * share))
 
 
 def _others(seed: int, seeds: int) -> range:
@@ -192,19 +211,35 @@ def _others(seed: int, seeds: int) -> range:
 
 
 def _trainings(number: int, seeds: int) -> float:
-    """Return what a search costs, in whole trainings: the rungs, the baseline, and the other seeds at the end."""
-    share = sum(ETA**-r * (_goal(1.0, r) - (_goal(1.0, r - 1) if r else 0.0)) for r in range(RUNGS))
-    return number * share + 1 + (FINALISTS + 1) * (seeds - 1)
+    """Return what a search and the training of its finalists cost, in whole trainings."""
+    # A finalist of another spec may have been stopped at the first rung; it is trained to the end.
+    return _search(number) + (FINALISTS - 1) * (1 - _goal(1.0, 0)) + (FINALISTS + 1) * (seeds - 1)
+
+
+def _search(number: int) -> float:
+    """Return what the rungs of so many candidates and the baseline cost, in whole trainings."""
+    return 1 + sum(_kept(number, r) * (_goal(1.0, r) - (_goal(1.0, r - 1) if r else 0.0)) for r in range(RUNGS))
+
+
+def _kept(number: int, rung: int) -> int:
+    """Return how many of `number` candidates train in a rung."""
+    return min(number, max(FINALISTS, math.ceil(number / ETA**rung)))
 
 
 def _allowance(
-    found: Sequence[Candidate], task: Task, settings: Settings, budget: Budget, backbone: Backbone, working: Backbone
+    found: Sequence[Candidate],
+    task: Task,
+    settings: Settings,
+    budget: Budget,
+    backbone: Backbone,
+    working: Backbone,
+    prepared: Prepared,
 ) -> float:
     """Return the optimiser steps, over all trainings, that the budget pays for."""
     if budget.steps is not None:
         return float(budget.steps)
     assert budget.seconds is not None
-    return budget.seconds * 0.85 / _seconds_per_step(found, task, settings, backbone, working)
+    return budget.seconds * TRAINING / _seconds_per_step(found, task, settings, backbone, working, prepared)
 
 
 def _settled(place: Path | None, budget: Budget, measure: Callable[[], float]) -> float:
@@ -230,17 +265,23 @@ def _settled(place: Path | None, budget: Budget, measure: Callable[[], float]) -
 
 
 def _seconds_per_step(
-    found: Sequence[Candidate], task: Task, settings: Settings, backbone: Backbone, working: Backbone
+    found: Sequence[Candidate],
+    task: Task,
+    settings: Settings,
+    backbone: Backbone,
+    working: Backbone,
+    prepared: Prepared,
 ) -> float:
     """Measure what one candidate's step and its share of the evaluations cost, in a bank of all of them."""
-    probe = dataclasses.replace(settings, steps=1, evaluations=1, dev_rows=1)
-    plans = [Plan(c.spec, task, 0, dataclasses.replace(probe, lr=c.lr), c.label) for c in found]
-    engine = Engine(make_jobs(plans, working, backbone), working)
+    short = dataclasses.replace(settings, steps=1 + MEASURED, evaluations=1, dev_rows=1)
+    plans = [Plan(c.spec, task, 0, dataclasses.replace(short, lr=c.lr), c.label) for c in found]
+    engine = Engine(make_jobs(plans, working, backbone, prepared), working)
     try:
         engine.step(engine.jobs)
         started = time.perf_counter()
-        engine.step(engine.jobs)
-        step = (time.perf_counter() - started) / len(plans)
+        for _ in range(MEASURED):
+            engine.step(engine.jobs)
+        step = (time.perf_counter() - started) / len(plans) / MEASURED
     finally:
         engine.close()
     # Dev is looked at RUNGS times in a training; a row forward costs a third of a row trained.
@@ -268,7 +309,7 @@ def _halve(
         if rung == RUNGS - 1:
             break
         going = [job for job in rivals if job.state in ("running", "waiting")]
-        kept = max(FINALISTS, math.ceil(len(rivals) / ETA ** (rung + 1)))
+        kept = _kept(len(rivals), rung + 1)
         going.sort(key=lambda job: (-(job.curve[-1].dev or 0.0) if job.curve else 0.0, jobs.index(job)))
         for job in going[kept:]:
             job.state = "stopped"
@@ -310,7 +351,7 @@ def _judge(found: Sequence[Candidate], jobs: Sequence[Job]) -> list[Candidate]:
 def _finals(
     best: Sequence[Job],
     baseline: Job,
-    more: Sequence[Plan],
+    fresh: Sequence[Job],
     working: Backbone,
     backbone: Backbone,
     place: Path | None,
@@ -319,7 +360,6 @@ def _finals(
     budget: Budget,
 ) -> list[Trained]:
     """Train the finalists and the baseline from the other seeds, then score all of them, test once."""
-    fresh = make_jobs(more, working, backbone)
     # A finalist that the halving stopped short is finished together with the others.
     for job in (*best, baseline):
         if job.state in ("done", "stopped") and job.step < job.steps:
@@ -330,7 +370,7 @@ def _finals(
     try:
         if place:
             checkpoint.read(place / "finals", jobs, identity)
-        deadline = None if budget.seconds is None else started + budget.seconds * 0.97
+        deadline = None if budget.seconds is None else started + budget.seconds * LATEST
         keep = _keeper(place / "finals" if place else None, jobs, identity)
         train(engine, listener=listener, checkpoint=keep, deadline=deadline)
         unseen = [job for job in jobs if job.state in ("running", "waiting") and job.step]

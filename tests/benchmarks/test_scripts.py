@@ -1,0 +1,72 @@
+"""Every script of benchmarks/ runs to its end on little, goes on where it was stopped, and says what it measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+LITTLE = {
+    "r1_train_together": (
+        "--rounds", "2", "--steps", "1", "--tasks", "3", "--length", "24", "--gate-steps", "2", "--cells", "1",
+        "--settings", "2,three methods",
+    ),
+    "r3_serve_together": ("--rounds", "2", "--models", "toy", "--k", "2"),
+    "equivalence": ("--seeds", "2", "--tasks", "1", "--rows", "32", "--test", "30", "--epochs", "1", "--evaluations", "1"),
+}  # fmt: skip
+
+
+def run(name: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        str(BENCHMARKS / f"{name}.py"),
+        "--results",
+        str(folder),
+        "--page",
+        str(folder / "page.md"),
+    ]
+    # On the embedded tasks, as on a machine that has no others.
+    environment = {**os.environ, "DELTATUNE_TASKS": str(folder / "none"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=280, env=environment, check=False
+    )
+
+
+@pytest.mark.parametrize("name", LITTLE)
+def test_a_script_measures_stores_and_tells(name: str, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("# Page\n\nSaid before.\n")
+    first = run(name, tmp_path, *LITTLE[name])
+    assert first.returncode == 0, first.stderr[-2000:]
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert result["name"] == name and isinstance(result["gate"]["passed"], bool)
+    assert {"over_default", "over_tuned", "over_limit", "factors"} <= set(result)
+    page = (tmp_path / "page.md").read_text()
+    assert (
+        page.startswith("# Page\n\nSaid before.\n") and f"written by benchmarks/{name}.py" in page and "| ---" in page
+    )
+    stored = (tmp_path / f"{name}.rows.jsonl").read_text()
+    again = run(name, tmp_path, *LITTLE[name])
+    assert again.returncode == 0, again.stderr[-2000:]
+    # Nothing is measured twice, and the same rows give the same page.
+    assert (tmp_path / f"{name}.rows.jsonl").read_text() == stored
+    assert (tmp_path / "page.md").read_text() == page
+
+
+@pytest.mark.parametrize("name", ["r1_train_together", "r3_serve_together"])
+def test_both_sides_compute_the_same(name: str, tmp_path: Path) -> None:
+    assert run(name, tmp_path, *LITTLE[name]).returncode == 0
+    assert json.loads((tmp_path / f"{name}.json").read_text())["gate"]["passed"]
+
+
+@pytest.mark.slow
+def test_tune_beside_peft_runs(tmp_path: Path) -> None:
+    options = ("--seconds", "25", "--repeats", "1", "--rows", "100", "--test", "40", "--resamples", "50")
+    done = run("tune_against_peft", tmp_path, *options, "--tasks", "stdlib_pair")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "tune_against_peft.json").read_text())
+    assert result["tasks"]["stdlib_pair"]["verdict"] in ("won", "tied", "lost")
