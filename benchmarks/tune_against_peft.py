@@ -132,13 +132,15 @@ def peft(task: Task, seconds: float, seed: int) -> Answered:
     """Train PEFT's LoRA for the time there is."""
     from transformers import TrainerCallback
 
-    with tempfile.TemporaryDirectory() as folder:
-        step, row, looks = _costs(task, folder)
+    if task.name not in _known:
+        with tempfile.TemporaryDirectory() as folder:
+            _known[task.name] = _costs(task, folder)
+    step, row, kept = _known[task.name]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         side = PeftSide(task, seed)
         last = row * len(task.test)
-        left = seconds - (time.perf_counter() - started) - last - EVALUATIONS * (row * len(task.dev) + looks)
+        left = seconds - (time.perf_counter() - started) - last - EVALUATIONS * (row * len(task.dev) + kept)
         steps = max(1, min(int(left / step), EPOCHS * math.ceil(len(task.train) / BATCH)))
 
         class Clock(TrainerCallback):
@@ -148,10 +150,14 @@ def peft(task: Task, seconds: float, seed: int) -> Answered:
 
         trainer = side.trainer(steps, folder, [Clock()])
         trainer.train()
+        trainer.compute_metrics = None  # it scores dev
         found = trainer.predict(side.rows["test"])
     spent = time.perf_counter() - started
     told = f"{trainer.state.global_step} of {steps} steps of {BATCH}"
     return Answered(side.values("test", found.predictions), spent, told)
+
+
+_known: dict[str, tuple[float, float, float]] = {}
 
 
 def _costs(task: Task, folder: str) -> tuple[float, float, float]:

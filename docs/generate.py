@@ -34,9 +34,9 @@ def quickstart() -> str:
     """What the README's own `tune` says; run anew with --quickstart, else what docs/quickstart.txt kept of it."""
     if "--quickstart" in sys.argv:
         with tempfile.TemporaryDirectory() as folder:
-            runs = tune("minilm", "stdlib_pair", budget="1500steps", max_length=32, out=f"{folder}/best")
+            runs = tune("minilm", "stdlib_pair", budget="4500steps", max_length=32, out=f"{folder}/best")
         KEPT.write_text(
-            f"{runs.results[0]['sentence']}\n\n{runs.results[0]['threads']} threads, {versions_line(runs)}\n"
+            f"{runs.results[0]['sentence']}\n\nthreads {runs.results[0]['threads']}, {versions_line(runs)}\n"
         )
     if not KEPT.exists():
         return "> not run yet: `.venv/bin/python docs/generate.py --quickstart`"

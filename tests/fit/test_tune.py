@@ -73,6 +73,24 @@ def test_steps_over_all_trainings_stay_within_the_budget(steps, seeds, monkeypat
     assert 0.7 * steps < len(done) <= steps
 
 
+@pytest.mark.parametrize(("steps", "rates", "seeds"), [(450, 3, 3), (370, 2, 3), (330, 1, 3), (250, 1, 2), (150, 1, 1)])
+def test_a_small_budget_costs_rates_and_then_seeds_before_it_costs_steps(steps, rates, seeds):
+    tuned = search(steps=steps, seeds=3)
+    assert len(tuned.candidates) == 7 * rates and len({t.plan.seed for t in tuned.trained}) == seeds
+    # 40 rows in batches of four, six times over, are worth the time: half of that at least.
+    assert all(t.steps >= 30 for t in tuned.trained)
+
+
+def test_what_is_announced_is_the_search_and_not_all_candidates_to_their_end(monkeypatch):
+    said, done, own = [], [], Engine._update
+    monkeypatch.setattr(Engine, "_update", lambda self, job: (done.append(job.name), own(self, job)))
+    search(steps=300, announce=said.append)
+    # A batch is four rows of three to nine words and two marks, padded to the longest.
+    assert 4 * 5 < said[0].tokens / len(done) <= 4 * 11
+    tune(backbone(), task(), Budget(seconds=3), settings=SETTINGS, seeds=1, announce=said.append)
+    assert said[1].seconds <= 3
+
+
 def test_a_rung_keeps_the_best_third_on_dev_and_they_go_on_from_where_they_stand(monkeypatch):
     rivals, seen = [], {}
 

@@ -19,7 +19,7 @@ from deltatune.heads.base import Example, TaskHead, collate
 from deltatune.heads.language import Generation
 from deltatune.training.job import Job, room
 
-TOKENS = 8192  # most tokens of one physical batch of predictions
+TOKENS = 2048  # most tokens of one physical batch of predictions: larger ones leave the cache (docs/log.md)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from deltatune.heads.tokens import TokenClassification
 # delta nothing to learn from (docs/log.md, 2026-11-21).
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 MOST = 8000  # vectors that a probe is fitted to
-TOKENS = 8192
+TOKENS = 2048
 
 Probe = dict[str, Tensor]
 

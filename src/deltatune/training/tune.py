@@ -57,8 +57,7 @@ FINALISTS = 2
 EPOCHS = 6.0  # the longest training that is worth its time on a small task; the budget may shorten it
 MEASURED = 3  # steps of all candidates by which the cost of one is found
 FEWEST = 30  # steps below which a choice on dev says nothing
-TRAINING = 0.85  # share of a budget of time that training may plan for; the rest is for what surrounds it
-LATEST = 0.93  # share of a budget of time after which nothing is trained: test has to be looked at still
+SURE = 0.93  # share of the time that is left which training plans for: a machine is not always as fast as it was
 
 State = Literal["chosen", "finished", "stopped", "failed"]
 
@@ -159,14 +158,18 @@ def tune(
     whole = settings.steps or max(FEWEST, min(round(EPOCHS * len(task.train) / settings.batch), 800))
     place = folder / ".checkpoint" if folder else None
     prepared = Prepared()
-    allowed = _settled(place, budget, partial(_allowance, found, task, settings, budget, backbone, working, prepared))
+    means = _settled(
+        place, budget, partial(_means, found, task, settings, budget, started, backbone, working, prepared)
+    )
     for rates, share in LADDER:
         found, _ = candidates(backbone, max_params, rates)
         paid = max(1, round(seeds * share))
-        steps = min(whole, allowed / _trainings(len(found), paid))
+        trainings = _trainings(len(found), paid)
+        steps = min(whole, means.horizon(len(found), paid))
         if steps >= max(FEWEST, ENOUGH * whole):
             break
     horizon = max(FEWEST, int(steps))
+    end = None if budget.seconds is None else started + budget.seconds - means.last(paid)
     settings = dataclasses.replace(settings, steps=horizon, evaluations=RUNGS)
     plans = [Plan(c.spec, task, seed, dataclasses.replace(settings, lr=c.lr), c.label) for c in found]
     plans.append(Plan(parse(BASELINE), task, seed, settings, BASELINE))
@@ -176,14 +179,15 @@ def tune(
     guess: Estimate | None = None
     try:
         done = checkpoint.read(place / "rungs", jobs, identity) if place else None
-        guess = _scaled(estimate(engine), _trainings(len(found), paid) / len(jobs), budget)
+        guess = _scaled(estimate(engine), trainings / len(jobs), budget)
         if announce:
             announce(guess)
         keep = _keeper(place / "rungs" if place else None, jobs, identity)
         if done is None or not done.get("finished"):
-            share = _search(len(found)) / _trainings(len(found), paid)
-            deadline = None if budget.seconds is None else started + budget.seconds * min(LATEST, share + 1 - TRAINING)
-            _halve(jobs, engine, horizon, listener, keep, deadline)
+            now = time.monotonic()
+            # What the search may run over by is the finalists' own.
+            share = min(1.0, _search(len(found)) / trainings / SURE)
+            _halve(jobs, engine, horizon, listener, keep, None if end is None else now + share * (end - now))
             if place:
                 checkpoint.write(place / "rungs", jobs, identity, {"finished": True})
     finally:
@@ -196,7 +200,7 @@ def tune(
         for s in _others(seed, paid)
     ]
     fresh = make_jobs(more, working, backbone, prepared)
-    trained = _finals(best, jobs[-1], fresh, working, backbone, place, listener, started, budget)
+    trained = _finals(best, jobs[-1], fresh, working, backbone, place, listener, end)
     return _choose(found, finalists, trained, left_out, guess, time.monotonic() - started)
 
 
@@ -216,6 +220,12 @@ def _trainings(number: int, seeds: int) -> float:
     return _search(number) + (FINALISTS - 1) * (1 - _goal(1.0, 0)) + (FINALISTS + 1) * (seeds - 1)
 
 
+def _looks(number: int, seeds: int) -> int:
+    """Return how often dev is looked at during all trainings."""
+    rungs = sum(_kept(number, r) + 1 for r in range(RUNGS))
+    return rungs + (FINALISTS - 1) * (RUNGS - 1) + (FINALISTS + 1) * (seeds - 1) * RUNGS
+
+
 def _search(number: int) -> float:
     """Return what the rungs of so many candidates and the baseline cost, in whole trainings."""
     return 1 + sum(_kept(number, r) * (_goal(1.0, r) - (_goal(1.0, r - 1) if r else 0.0)) for r in range(RUNGS))
@@ -226,24 +236,32 @@ def _kept(number: int, rung: int) -> int:
     return min(number, max(FINALISTS, math.ceil(number / ETA**rung)))
 
 
-def _allowance(
-    found: Sequence[Candidate],
-    task: Task,
-    settings: Settings,
-    budget: Budget,
-    backbone: Backbone,
-    working: Backbone,
-    prepared: Prepared,
-) -> float:
-    """Return the optimiser steps, over all trainings, that the budget pays for."""
-    if budget.steps is not None:
-        return float(budget.steps)
-    assert budget.seconds is not None
-    return budget.seconds * TRAINING / _seconds_per_step(found, task, settings, backbone, working, prepared)
+@dataclass(frozen=True)
+class Means:
+    """What a search may spend: what is left of the budget, and what things cost, in seconds.
+
+    `step`: an optimiser step of one training; `look`: dev rows looked at during a training; `score`: dev and test of
+    one training at the end. For a budget of steps a step costs one, and looking nothing.
+    """
+
+    budget: float
+    left: float
+    step: float = 1.0
+    look: float = 0.0
+    score: float = 0.0
+
+    def last(self, seeds: int) -> float:
+        """Return what is kept for the end, when the finalists and the baseline are scored."""
+        return (FINALISTS + 1) * seeds * self.score
+
+    def horizon(self, number: int, seeds: int) -> float:
+        """Return the steps of a whole training that there are means for, with so many candidates and seeds."""
+        looks = _looks(number, seeds) * self.look
+        return max(0.0, self.left - self.last(seeds) - looks) / self.step / _trainings(number, seeds)
 
 
-def _settled(place: Path | None, budget: Budget, measure: Callable[[], float]) -> float:
-    """Return the steps that a budget pays for, measured once: a search that is resumed goes on as it began.
+def _settled(place: Path | None, budget: Budget, measure: Callable[[], Means]) -> Means:
+    """Return the means of a budget, measured once: a search that is resumed goes on as it began.
 
     OutputError if it began with another budget.
     """
@@ -251,42 +269,47 @@ def _settled(place: Path | None, budget: Budget, measure: Callable[[], float]) -
         return measure()
     file = place / "budget.json"
     if not file.is_file():
-        allowed = measure()
+        means = measure()
         with checkpoint.whole_file(file) as work:
-            work.write_text(json.dumps({"seconds": budget.seconds, "steps": allowed}))
-        return allowed
-    began = json.loads(file.read_text())
-    if began["seconds"] != budget.seconds:
+            work.write_text(json.dumps(dataclasses.asdict(means)))
+        return means
+    began = Means(**json.loads(file.read_text()))
+    if began.budget != budget.seconds:
         raise OutputError(
-            f"{place.parent} holds an unfinished search of {began['seconds']:g} s; finish that one with its own "
+            f"{place.parent} holds an unfinished search of {began.budget:g} s; finish that one with its own "
             f"--budget, or choose another --out"
         )
-    return float(began["steps"])
+    return began
 
 
-def _seconds_per_step(
+def _means(
     found: Sequence[Candidate],
     task: Task,
     settings: Settings,
+    budget: Budget,
+    started: float,
     backbone: Backbone,
     working: Backbone,
     prepared: Prepared,
-) -> float:
-    """Measure what one candidate's step and its share of the evaluations cost, in a bank of all of them."""
+) -> Means:
+    """Measure what a step costs in a bank of all candidates, and what is left of the budget then."""
+    if budget.seconds is None:
+        return Means(float(budget.steps or 0), float(budget.steps or 0))
     short = dataclasses.replace(settings, steps=1 + MEASURED, evaluations=1, dev_rows=1)
     plans = [Plan(c.spec, task, 0, dataclasses.replace(short, lr=c.lr), c.label) for c in found]
     engine = Engine(make_jobs(plans, working, backbone, prepared), working)
     try:
         engine.step(engine.jobs)
-        started = time.perf_counter()
+        began = time.perf_counter()
         for _ in range(MEASURED):
             engine.step(engine.jobs)
-        step = (time.perf_counter() - started) / len(plans) / MEASURED
+        step = (time.perf_counter() - began) / len(plans) / MEASURED
     finally:
         engine.close()
-    # Dev is looked at RUNGS times in a training; a row forward costs a third of a row trained.
-    looks = RUNGS * min(len(task.dev), settings.dev_rows) / 3
-    return step * (1 + looks / settings.batch / max(FEWEST, EPOCHS * len(task.train) / settings.batch))
+    row = step / settings.batch / 3  # a row forward costs a third of a row trained
+    left = SURE * (budget.seconds - (time.monotonic() - started))
+    look = row * min(len(task.dev), settings.dev_rows)
+    return Means(budget.seconds, left, step, look, row * (len(task.dev) + len(task.test)))
 
 
 def _goal(horizon: float, rung: int) -> float:
@@ -356,8 +379,7 @@ def _finals(
     backbone: Backbone,
     place: Path | None,
     listener: Listener | None,
-    started: float,
-    budget: Budget,
+    end: float | None,
 ) -> list[Trained]:
     """Train the finalists and the baseline from the other seeds, then score all of them, test once."""
     # A finalist that the halving stopped short is finished together with the others.
@@ -370,9 +392,8 @@ def _finals(
     try:
         if place:
             checkpoint.read(place / "finals", jobs, identity)
-        deadline = None if budget.seconds is None else started + budget.seconds * LATEST
         keep = _keeper(place / "finals" if place else None, jobs, identity)
-        train(engine, listener=listener, checkpoint=keep, deadline=deadline)
+        train(engine, listener=listener, checkpoint=keep, deadline=end)
         unseen = [job for job in jobs if job.state in ("running", "waiting") and job.step]
         if unseen:
             engine.evaluate(unseen)
