@@ -77,3 +77,49 @@ def test_the_engine_trains_on_the_logical_batches_at_their_own_length(monkeypatc
                 assert length == max(len(example.ids) for example in examples)
     finally:
         engine.close()
+
+
+SHORT, LONG = task(name="short", longest=4), task(name="long", longest=20)
+MIXED = [
+    plan(delta, on, batch=2, tokens=100)
+    for delta in ("lora", "adapter", "prompt(n=2)")
+    for on in (SHORT, LONG, task(name="middle", longest=9))
+]
+
+
+def groups(family, plans=MIXED):
+    on = backbone(family)
+    jobs = jobs_of(plans, on)
+    engine = Engine(jobs, on)
+    found = [[job.plan for job in group] for group in engine.groups(jobs)]
+    engine.close()
+    assert sorted(p.name for group in found for p in group) == sorted(p.name for p in plans)
+    return found
+
+
+def test_where_padding_is_left_out_texts_of_all_lengths_share_a_physical_batch():
+    found = groups("bert")
+    prompted = ["prompt" in p.label for group in found for p in group]
+    assert prompted == sorted(prompted)  # these need rows, so they stand apart
+    first = found[0]
+    assert {p.task.name for p in first} == {"short", "long", "middle"} and {p.label for p in first} == {
+        "lora",
+        "adapter",
+    }
+    assert [p.label for p in first] == sorted((p.label for p in first), reverse=True)  # like beside like
+
+
+def test_elsewhere_texts_of_like_length_share_one():
+    found = groups("t5", [p for p in MIXED if "prompt" not in p.label])
+    order = [[{"short": 0, "middle": 1, "long": 2}[p.task.name] for p in group] for group in found]
+    assert [max(one) for one in order] == sorted(max(one) for one in order)
+    assert order[0].count(0) == 2  # both short ones before any long one
+
+
+def test_a_physical_batch_keeps_to_its_tokens():
+    for family in ("bert", "t5"):
+        assert (
+            len(groups(family))
+            < len(MIXED)
+            < 1 + len(groups(family, [plan(p.label, p.task, batch=2, tokens=1) for p in MIXED]))
+        )
