@@ -18,7 +18,7 @@ from deltatune.training import checkpoint
 from deltatune.training import fit as fit_module
 from deltatune.training.engine import Engine, train
 from deltatune.training.fit import fit_plans
-from deltatune.training.tune import Budget, _settled
+from deltatune.training.tune import Budget, Means, _settled
 
 PLANS = [plan("lora(dropout=0.2)"), plan("adapter", seed=1, patience=1), plan("head")]
 
@@ -193,10 +193,11 @@ def test_another_backbone_or_number_of_threads_is_refused(tmp_path, monkeypatch)
 
 
 def test_a_search_by_the_clock_is_resumed_with_what_it_measured_first(tmp_path):
-    measured = iter([123.5, 99.0])
-    assert _settled(tmp_path, Budget(seconds=60), lambda: next(measured)) == 123.5
-    assert _settled(tmp_path, Budget(seconds=60), lambda: next(measured)) == 123.5
+    first, other = Means(60.0, 55.5, 0.25, 1.5, 2.0), Means(60.0, 50.0)
+    measured = iter([first, other])
+    assert _settled(tmp_path, Budget(seconds=60), lambda: next(measured)) == first
+    assert _settled(tmp_path, Budget(seconds=60), lambda: next(measured)) == first
     with pytest.raises(OutputError, match="holds an unfinished search of 60 s"):
         _settled(tmp_path, Budget(seconds=90), lambda: next(measured))
-    assert json.loads((tmp_path / "budget.json").read_text()) == {"seconds": 60, "steps": 123.5}
-    assert _settled(None, Budget(seconds=60), lambda: next(measured)) == 99.0
+    assert json.loads((tmp_path / "budget.json").read_text())["left"] == 55.5
+    assert _settled(None, Budget(seconds=60), lambda: next(measured)) == other

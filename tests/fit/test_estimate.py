@@ -144,7 +144,7 @@ print(json.dumps([said[0].memory, peak() - before]))
 @pytest.mark.parametrize(
     ("deltas", "seeds", "precision", "length"),
     [
-        pytest.param("lora adapter", 2, "float32", 64, marks=pytest.mark.slow),
+        ("lora adapter", 2, "float32", 64),
         pytest.param("lora", 1, "float32", 64, marks=pytest.mark.slow),
         pytest.param("lora prefix", 2, "bfloat16", 64, marks=pytest.mark.slow),
         pytest.param("full", 2, "float32", 32, marks=pytest.mark.slow),

@@ -63,11 +63,9 @@ def _memory(engine: Engine) -> int:
     # Beside a copy of less precision stands the original.
     weights = backbone.parameters * (size if size >= 4 else size + 4)
     trained = sum(p.numel() for job in jobs for p in job.parameters())
-    sites = [s for s in backbone.anatomy.sites if s.name.startswith(("attn.", "cross.", "ffn.", "norm."))]
-    # A frozen linear keeps no input; one whose weights are trained does.
-    dense = any(layer.port == "weight" for job in jobs for _, layer in job.delta.at_sites())
-    kept = sum(s.d_out + (s.d_in if dense else 0) for s in sites)
-    heads = sum(s.heads.number for s in backbone.anatomy.sites if s.heads)
+    sites = backbone.anatomy.sites
+    kept = sum(s.d_in + s.d_out for s in sites if s.name.startswith(("attn.", "cross.", "ffn.", "norm.")))
+    heads = sum(s.heads.number for s in sites if s.heads)
     lengths = [[len(e.ids) for e in job.train] for job in jobs]
     longest = max((max(own) for own in lengths if own), default=1)
     batches = [
