@@ -27,6 +27,7 @@ LAWS: dict[str, Law] = {
         copies.copies_are_independent,
         copies.other_backbones_are_refused,
         rows.many_is_alone,
+        rows.padding_left_out_changes_nothing,
         rows.trained_together_is_trained_alone,
         rows.order_does_not_matter,
         rows.batched_is_loop,

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from deltatune.backbone.load import Backbone
 from deltatune.delta.adapted import Adapted
@@ -77,6 +78,39 @@ def many_is_alone(
             agree_gradients(gradients(together.bank[name]), gradients(deltas[name]), f"{name} in {list(route)}")
     for name in set(NAMES) - set(route):
         demand(all(g is None for g in gradients(together.bank[name]).values()), f"{name} has no row, but a gradient")
+
+
+def padding_left_out_changes_nothing(subject: Subject) -> None:
+    """Hidden states of rows of different lengths, run without padding where that can be, are each row's own.
+
+    Gradients too; `one` and `two` have different numbers of tokens.
+    """
+    route: list[str | None] = ["one", "two", "two", None, "one", "one", "two"]
+    backbone = subject.fresh()
+    deltas = [made(subject.spec, backbone, name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    if any(layer.port == "weight" for _, layer in deltas[0].at_sites()):
+        route = ["one"] * len(route)
+    rows = subject.rows(len(route))
+    with Adapted(backbone, deltas) as adapted:
+        adapted.bank.train()
+        together = _states(adapted, subject, rows, route)
+        learns = deltas[0].trainable() > 0
+        if learns:
+            score(together, rows).backward()
+        wanted = {name: gradients(adapted.bank[name]) for name in adapted.bank.names}
+        adapted.bank.zero_grad()
+        alone = [_states(adapted, subject, [row], [name])[0] for row, name in zip(rows, route, strict=True)]
+        agree_rows(together, alone, "without padding against alone")
+        if learns:
+            score(alone, rows).backward()
+        for name in adapted.bank.names:
+            agree_gradients(wanted[name], gradients(adapted.bank[name]), f"{name} without padding")
+
+
+def _states(adapted: Adapted, subject: Subject, rows: Sequence[Row], route: Sequence[str | None]) -> list[Tensor]:
+    batch = {name: value for name, value in subject.batch(rows).items() if not name.startswith("decoder")}
+    hidden = adapted.encode(batch, deltas=list(route))
+    return [hidden[i, : len(row.ids)] for i, row in enumerate(rows)]
 
 
 def trained_together_is_trained_alone(subject: Subject, steps: int = 50) -> None:
