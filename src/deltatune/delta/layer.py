@@ -73,8 +73,11 @@ class Layer(nn.Module):
         """
         raise NotImplementedError
 
-    def merged(self, p: Params, weight: Tensor) -> Tensor:
-        """Return the weight [d_out, d_in] that has this layer's effect, for a mergeable layer; p as for one delta."""
+    def merged(self, p: Params, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and bias that have this layer's effect, for a mergeable layer; p as for one delta.
+
+        weight [d_out, d_in] of a linear or [d_out] of a norm, bias [d_out] or None where there is none.
+        """
         raise NotImplementedError
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import VOCABULARY, Site
 from deltatune.delta.adapted import Adapted
-from deltatune.delta.layer import Layer, Params, WeightLayer
+from deltatune.delta.layer import Layer
+from deltatune.delta.merge import merge
 from deltatune.delta.method import Method
 from deltatune.errors import RoutingError, UserError
 from deltatune.laws.subject import Subject, agree, agree_rows, demand, gradients, made, same_bits, score
@@ -146,35 +145,18 @@ def _width(backbone: Backbone, site: Site, layer: Layer) -> int:
 
 
 def merges_as_declared(subject: Subject) -> None:
-    """If every layer is mergeable, the bare backbone with the merged weights gives the delta's output."""
+    """If every layer is mergeable, the merged backbone gives the delta's output, and unmerged it is what it was."""
     backbone, plain = subject.fresh(), subject.fresh()
     delta = made(subject.spec, backbone)
     if not delta.layers or not all(layer.mergeable for _, layer in delta.at_sites()):
         return
     rows = subject.rows(3)
     wanted = subject.run(Adapted(backbone, [delta]), rows, "subject")
-    with torch.no_grad():
-        for site, layer in delta.at_sites():
-            merge_into(plain, site, layer)
+    before = dict(plain.module.named_parameters(remove_duplicate=False))
+    merged = merge(plain, delta)
     agree_rows(subject.cut(plain.module(**subject.batch(rows)), rows), wanted, "merged against attached")
-
-
-def merge_into(backbone: Backbone, site: Site, layer: Layer) -> None:
-    """Write the weights that have a layer's effect into a backbone."""
-    single = Params(
-        {n: p.detach()[None, None] if p.ndim == 1 else p.detach()[None] for n, p in layer.named_parameters()}
-    )
-    if isinstance(layer, WeightLayer):
-        for key, path in backbone.anatomy.parameters.items():
-            parameter = backbone.module.get_parameter(path)
-            parameter.copy_(layer.weight(single, key, parameter.detach().clone()))
-        return
-    module: Any = backbone.module.get_submodule(site.exit)
-    weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
-    part = weight if site.view is None else weight[site.view.start : site.view.stop]
-    merged = layer.merged(single, part.detach().clone())
-    if layer.port == "output" and not layer.reads_input and module.bias is not None:
-        # A layer that rescales the exit rescales the bias with it: what it does to a zero weight beside the bias.
-        bias = module.bias if site.view is None else module.bias[site.view.start : site.view.stop]
-        bias.copy_(layer(single, None, bias.detach().clone()[None, None])[0, 0])
-    part.copy_(merged)
+    merged.unmerge()
+    after = dict(plain.module.named_parameters(remove_duplicate=False))
+    demand(before.keys() == after.keys(), "unmerging left other parameters")
+    for name, parameter in after.items():
+        demand(parameter is before[name], f"unmerging did not put {name} back")

@@ -48,8 +48,9 @@ class ScaleOutput(Layer):
     def forward(self, p: Params, x: Tensor | None, h: Tensor) -> Tensor:
         return h * p.scale
 
-    def merged(self, p: Params, weight: Tensor) -> Tensor:
-        return weight * p.scale[0].mT
+    def merged(self, p: Params, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        scale = p.scale[0, 0]
+        return weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), None if bias is None else bias * scale
 
 
 class ScaleInput(ScaleOutput):
@@ -57,5 +58,5 @@ class ScaleInput(ScaleOutput):
 
     port: ClassVar[Port] = "input"
 
-    def merged(self, p: Params, weight: Tensor) -> Tensor:
-        return weight * p.scale[0]
+    def merged(self, p: Params, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * p.scale[0], bias

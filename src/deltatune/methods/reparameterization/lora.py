@@ -54,5 +54,5 @@ class LoRALayer(Layer):
         assert x is not None
         return torch.baddbmm(h, x @ p.A.mT, p.B.mT, alpha=self.scale)
 
-    def merged(self, p: Params, weight: Tensor) -> Tensor:
-        return weight + self.scale * (p.B @ p.A)[0]
+    def merged(self, p: Params, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.scale * (p.B @ p.A)[0], bias

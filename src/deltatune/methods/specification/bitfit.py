@@ -41,6 +41,7 @@ class BiasLayer(Layer):
     """h + d."""
 
     reads_input: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = True
     linear: ClassVar[Literal["linear", "bilinear", "no"]] = "linear"
 
     def __init__(self, width: int) -> None:
@@ -49,3 +50,6 @@ class BiasLayer(Layer):
 
     def forward(self, p: Params, x: Tensor | None, h: Tensor) -> Tensor:
         return h + p.bias
+
+    def merged(self, p: Params, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight, p.bias[0, 0] if bias is None else bias + p.bias[0, 0]

@@ -1,0 +1,174 @@
+"""Merge: write a delta's effect into the backbone's own weights, say what that lost, and take it out to the bit."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.backbone.anatomy import is_norm, linear_shape
+from deltatune.backbone.load import Backbone
+from deltatune.backbone.sites import Site
+from deltatune.delta.attach import LEDGER, check_fits
+from deltatune.delta.delta import Delta
+from deltatune.delta.layer import Layer, Params, WeightLayer
+from deltatune.errors import RoutingError, SiteError
+
+Kept = tuple[nn.Module, str, nn.Parameter | None]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What merging did to one parameter.
+
+    `size`: norm of the change over the norm of the parameter before; `lost`: norm of what rounding to the parameter's
+    dtype took away, over the norm of the change (0: nothing, 1: all of it).
+    """
+
+    parameter: str
+    size: float
+    lost: float
+
+
+@dataclass
+class Merged:
+    """A backbone with a delta merged into it. `unmerge` gives the weights back to the bit, from a kept copy."""
+
+    backbone: Backbone
+    changes: tuple[Change, ...]
+    _kept: list[Kept] = field(repr=False)
+
+    @property
+    def lost(self) -> float:
+        """The largest share of a change that rounding took away."""
+        return max((change.lost for change in self.changes), default=0.0)
+
+    def unmerge(self) -> nn.Module:
+        """Put back the parameters that stood there before, and return the network."""
+        while self._kept:
+            module, name, parameter = self._kept.pop()
+            module._parameters[name] = parameter
+        return self.backbone.module
+
+
+def merge(backbone: Backbone, delta: Delta, *, verify: bool = True) -> Merged:
+    """Write a delta into the backbone's weights, in place; at inference it then costs nothing.
+
+    Computed in float32 (float64 for a float64 backbone) and rounded once to the parameter's dtype. SiteError if a layer
+    is no change of weights or its weight is tied to another place, RoutingError while deltas are attached,
+    BackboneMismatch if the delta is of another backbone.
+    """
+    sites = check_fits(delta, backbone, verify=verify)
+    if LEDGER in backbone.module.__dict__:
+        raise RoutingError(f"deltas are attached to {backbone.name!r} and would act twice: `remove()` them, then merge")
+    found = [(sites[address], layer) for address, layer in delta.layers.items()]
+    _check(backbone, delta, found)  # type: ignore[arg-type]
+    kept: list[Kept] = []
+    changes: list[Change] = []
+    written: dict[int, nn.Parameter] = {}  # a parameter that stands in several places stays one
+    with torch.no_grad():
+        for module, name, value, path in _values(backbone, found):  # type: ignore[arg-type]
+            before = module._parameters.get(name)
+            kept.append((module, name, before))
+            after = written.get(id(before)) if before is not None else None
+            if after is None:
+                dtype = backbone.dtype if before is None else before.dtype
+                after = nn.Parameter(value.to(dtype), requires_grad=before is not None and before.requires_grad)
+                changes.append(_change(f"{path}.{name}", before, value, after))
+                written[id(before)] = after
+            module._parameters[name] = after
+    return Merged(backbone, tuple(changes), kept)
+
+
+def _check(backbone: Backbone, delta: Delta, found: Sequence[tuple[Site, Layer]]) -> None:
+    stuck = next((site for site, layer in found if not layer.mergeable), None)
+    if stuck is not None:
+        raise SiteError(
+            f"{delta.name!r} cannot be merged: at {stuck.key} it is no change of the weights; leave it attached, or "
+            f"fit one that is, such as lora"
+        )
+    places: dict[int, list[str]] = defaultdict(list)
+    for path, parameter in backbone.module.named_parameters(remove_duplicate=False):
+        places[id(parameter)].append(path)
+    for site, layer in found:
+        if isinstance(layer, WeightLayer):
+            continue
+        module = backbone.module.get_submodule(site.exit)
+        if site.entry != site.exit or not (linear_shape(module) or is_norm(module)):
+            raise SiteError(f"{delta.name!r} cannot be merged: {site.key} is no linear and no norm; leave it attached")
+        shared = places[id(module._parameters["weight"])]
+        if len(shared) > 1:
+            raise SiteError(
+                f"{delta.name!r} cannot be merged: the weight at {site.key} is also {shared[0]}, which would change "
+                f"with it; leave the delta attached, or fit one without that site"
+            )
+        if not module.get_parameter("weight").is_floating_point():
+            raise SiteError(f"the weight at {site.key} is quantised; merge into the backbone in a floating dtype")
+
+
+def _values(backbone: Backbone, found: Sequence[tuple[Site, Layer]]) -> list[tuple[nn.Module, str, Tensor, str]]:
+    """Return what is to be written: module, name of its parameter, value in the dtype of the computation, path."""
+    values: list[tuple[nn.Module, str, Tensor, str]] = []
+    by_module: dict[str, list[tuple[Site, Layer]]] = defaultdict(list)
+    for site, layer in found:
+        if isinstance(layer, WeightLayer):
+            values += _whole(backbone, layer)
+        else:
+            by_module[site.exit].append((site, layer))
+    for path, layers in by_module.items():
+        module: Any = backbone.module.get_submodule(path)
+        # The input of all that stands here passes the input ports first, so they are the last to be folded in.
+        layers.sort(key=lambda pair: pair[1].port == "input")
+        turned = linear_shape(module) is not None and not isinstance(module, nn.Linear)  # GPT-2's Conv1D
+        dtype = torch.promote_types(module.weight.dtype, torch.float32)
+        weight = (module.weight.T if turned else module.weight).to(dtype, copy=True)
+        own = getattr(module, "bias", None)
+        bias = None if own is None else own.to(dtype, copy=True)
+        for site, layer in layers:
+            rows = slice(None) if site.view is None else slice(site.view.start, site.view.stop)
+            part, part_bias = layer.merged(_params(layer, dtype), weight[rows], None if bias is None else bias[rows])
+            weight[rows] = part
+            if part_bias is not None:
+                if bias is None:
+                    bias = torch.zeros(len(weight), dtype=dtype, device=weight.device)
+                bias[rows] = part_bias
+        if not torch.equal(weight.T if turned else weight, module.weight.to(dtype)):
+            values.append((module, "weight", weight.T.contiguous() if turned else weight, path))
+        if bias is not None and (own is None or not torch.equal(bias, own.to(dtype))):
+            values.append((module, "bias", bias, path))
+    return values
+
+
+def _whole(backbone: Backbone, layer: WeightLayer) -> list[tuple[nn.Module, str, Tensor, str]]:
+    dtype = torch.promote_types(backbone.dtype, torch.float32)
+    params, keys = _params(layer, dtype), {path: key for key, path in backbone.anatomy.parameters.items()}
+    made: dict[int, Tensor] = {}
+    for path, key in keys.items():
+        parameter = backbone.module.get_parameter(path)
+        made[id(parameter)] = layer.weight(params, key, parameter.to(dtype))
+    return [  # tied weights stand in several places
+        (module, name, made[id(parameter)], path)
+        for path, module in backbone.module.named_modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in made
+    ]
+
+
+def _params(layer: Layer, dtype: torch.dtype) -> Params:
+    return Params(
+        {
+            name: (p.detach()[None, None] if p.ndim == 1 else p.detach()[None]).to(dtype)
+            for name, p in layer.named_parameters(recurse=False)
+        }
+    )
+
+
+def _change(path: str, before: Tensor | None, value: Tensor, after: Tensor) -> Change:
+    start = torch.zeros_like(value) if before is None else before.to(value.dtype)
+    change = float((value - start).norm())
+    size = change / max(float(start.norm()), torch.finfo(value.dtype).tiny) if before is not None else float("inf")
+    return Change(path, size, float((after.to(value.dtype) - value).norm()) / change if change else 0.0)
