@@ -53,5 +53,5 @@ def test_default_rates_are_the_measured_ones() -> None:
     from deltatune.delta.catalogue import catalogue
 
     best = learning_rates.best_rates(learning_rates.measured())
-    assert set(best) == set(catalogue()) - {"full"}
+    assert set(best) == set(catalogue())
     assert {name: catalogue()[name].lr for name in best} == best
