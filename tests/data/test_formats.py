@@ -127,7 +127,11 @@ def test_a_field_may_be_longer_than_the_csv_modules_limit(tmp_path):
         ("a.csv", "text,label\na,b\n".encode("utf-16"), "a.csv: the text is UTF-16; save it as UTF-8"),
         ("a.parquet", b"PAR1 and nothing else", "a.parquet: not a parquet file, or damaged"),
         ("a.jsonl.gz", b"not compressed", "a.jsonl.gz: cannot be read: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-12], "the compressed file is damaged or cut short"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-12],
+            "the compressed file is damaged or cut short",
+        ),
         ("a.xlsx", b"PK", "a.xlsx: unknown format '.xlsx'; valid: .jsonl, .json, .csv, .tsv, .parquet (each also .gz)"),
     ],
 )

@@ -26,8 +26,9 @@ from tests.fit.tiny import QUICK, backbone, plan, task
 from deltatune.studies.verbs import run_plans
 from deltatune.training import fit as fit_module
 from deltatune.training import tune as tune_module
+from deltatune.training.budget import Budget
 from deltatune.training.fit import Trained, fit_plans
-from deltatune.training.tune import Budget, tune
+from deltatune.training.tune import tune
 
 ONE, OTHER = task(name="one", rows=30), task("pair_classification", name="other", rows=30, longest=12)
 LONG = dataclasses.replace(QUICK, steps=30, evaluations=15)

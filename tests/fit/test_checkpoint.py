@@ -16,9 +16,9 @@ from tests.fit.tiny import backbone, jobs_of, plan, same_bits, task, tensors
 from deltatune.errors import OutputError
 from deltatune.training import checkpoint
 from deltatune.training import fit as fit_module
+from deltatune.training.budget import Budget, Means, settled
 from deltatune.training.engine import Engine, train
 from deltatune.training.fit import fit_plans
-from deltatune.training.tune import Budget, Means, _settled
 
 PLANS = [plan("lora(dropout=0.2)"), plan("adapter", seed=1, patience=1), plan("head")]
 
@@ -195,9 +195,9 @@ def test_another_backbone_or_number_of_threads_is_refused(tmp_path, monkeypatch)
 def test_a_search_by_the_clock_is_resumed_with_what_it_measured_first(tmp_path):
     first, other = Means(60.0, 55.5, 0.25, 1.5, 2.0), Means(60.0, 50.0)
     measured = iter([first, other])
-    assert _settled(tmp_path, Budget(seconds=60), lambda: next(measured)) == first
-    assert _settled(tmp_path, Budget(seconds=60), lambda: next(measured)) == first
+    assert settled(tmp_path, Budget(seconds=60), lambda: next(measured)) == first
+    assert settled(tmp_path, Budget(seconds=60), lambda: next(measured)) == first
     with pytest.raises(OutputError, match="holds an unfinished search of 60 s"):
-        _settled(tmp_path, Budget(seconds=90), lambda: next(measured))
+        settled(tmp_path, Budget(seconds=90), lambda: next(measured))
     assert json.loads((tmp_path / "budget.json").read_text())["left"] == 55.5
-    assert _settled(None, Budget(seconds=60), lambda: next(measured)) == other
+    assert settled(None, Budget(seconds=60), lambda: next(measured)) == other

@@ -16,8 +16,9 @@ from deltatune.studies.schema import check_result
 from deltatune.training import evaluate as evaluating
 from deltatune.training import fit as fitting
 from deltatune.training import tune as tuning
+from deltatune.training.budget import Budget, Effort
 from deltatune.training.engine import Engine, train
-from deltatune.training.tune import Budget, Tuned, candidates, tune
+from deltatune.training.tune import Tuned, candidates, tune
 
 SETTINGS = dataclasses.replace(QUICK, steps=None, lr=None)
 
@@ -186,7 +187,7 @@ def test_no_candidate_is_larger_than_the_limit_and_it_is_said_which_were():
     tuned = search(max_params=sizes[2])
     assert all(t.delta.trainable() <= sizes[2] for t in tuned.trained) and tuned.left_out == out
     with pytest.raises(
-        UserError, match=r"no candidate fits tiny-bert within --max-params 5: lora: 2,048 parameters, more"
+        UserError, match=r"no candidate fits tiny-bert within --max-params 5: adapter: 6,368 parameters, more"
     ):
         search(max_params=5)
 
@@ -202,12 +203,12 @@ def test_a_candidate_that_the_backbone_has_no_site_for_is_left_out_with_the_reas
 
 
 def test_candidates_that_diverge_fail_and_the_others_go_on(monkeypatch):
-    monkeypatch.setattr(tuning, "LADDER", (((1.0, 1e32), 1.0),))
+    monkeypatch.setattr(tuning, "LADDER", (Effort(7, (1.0, 1e32), 1.0),))
     tuned = search()
     wild = [c for c in tuned.candidates if c.lr > 1e20]
     assert wild and all(c.state == "failed" and c.rung == 0 for c in wild)
     assert "e+" not in tuned.chosen and all(t.state != "nan" for t in tuned.trained)
-    monkeypatch.setattr(tuning, "LADDER", (((1e32,), 1.0),))
+    monkeypatch.setattr(tuning, "LADDER", (Effort(7, (1e32,), 1.0),))
     with pytest.raises(UserError, match="every candidate diverged"):
         search()
 

@@ -55,7 +55,7 @@ def tune(
     from deltatune.data.load import load_task
     from deltatune.studies.verbs import check_out
     from deltatune.studies.verbs import tune as find
-    from deltatune.training.tune import Budget
+    from deltatune.training.budget import Budget
 
     settings = settings_from(batch=batch, max_length=max_length, precision=precision)
     Budget.parse(budget)

@@ -23,12 +23,12 @@ from deltatune.studies.report import write_report
 from deltatune.studies.result import build_result, label_of, planned_label
 from deltatune.studies.schema import SCHEMA
 from deltatune.studies.table import summary_table
+from deltatune.training.budget import Budget
 from deltatune.training.engine import Listener
 from deltatune.training.estimate import Estimate
 from deltatune.training.fit import Trained, fit_plans
 from deltatune.training.job import Plan
 from deltatune.training.settings import Settings
-from deltatune.training.tune import Budget
 from deltatune.training.tune import tune as run_tune
 
 Announce = Callable[[Estimate], None]

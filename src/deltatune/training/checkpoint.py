@@ -61,7 +61,8 @@ def write(folder: Path, jobs: Sequence[Job], identity: str, extra: dict[str, Any
                 tensors[f"{number}/optimiser/{index}/{name}"] = torch.as_tensor(value)
         records.append(
             {
-                "step": job.step, "state": job.state, "curve": [asdict(point) for point in job.curve],
+                "step": job.step, "steps": job.steps, "state": job.state,
+                "curve": [asdict(point) for point in job.curve],
                 "best_dev": job.best_dev, "best_step": job.best_step, "seconds": job.seconds, "tokens": job.tokens,
                 "worse": job.worse, "losses": job.losses, "metrics": job.metrics,
             }

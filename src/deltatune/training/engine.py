@@ -44,6 +44,8 @@ class Engine:
         self.adapted = Adapted(backbone, [job.delta for job in jobs], verify=False)
         self.adapted.bank.train()
         self.packs = self.adapted.packs
+        # Seconds spent in steps, and in looks at dev of one job each.
+        self.stepping, self.looking, self.looks = 0.0, 0.0, 0
         self._set_rank()
 
     def _set_rank(self) -> None:
@@ -68,6 +70,7 @@ class Engine:
             for job in group:
                 self._update(job)
             spent = time.perf_counter() - started
+            self.stepping += spent
             sizes = [batches[job.name].inputs["input_ids"].numel() for job in group]
             for job, size in zip(group, sizes, strict=True):
                 job.tokens += size
@@ -167,6 +170,7 @@ class Engine:
         started = time.perf_counter()
         scores = evaluate(self.adapted, live, "dev")
         spent = (time.perf_counter() - started) / max(1, len(live))
+        self.looking, self.looks = self.looking + spent * len(live), self.looks + len(live)
         for job, score in zip(live, scores, strict=True):
             losses = job.losses or [math.nan]
             lr = job.optimiser.param_groups[0]["lr"]

@@ -7,9 +7,7 @@ are not restarted: the survivors of a rung go on from where they stand.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,63 +20,32 @@ from deltatune.compose.expression import parse
 from deltatune.data.task import Task
 from deltatune.delta.delta import Delta
 from deltatune.delta.method import Spec
-from deltatune.errors import OutputError, SiteError, UserError
+from deltatune.errors import SiteError, UserError
 from deltatune.training import checkpoint
+from deltatune.training.budget import ENOUGH, FEWEST, LADDER, RUNGS, SURE, Budget, Effort, Means, Shape, goal, settled
 from deltatune.training.engine import Engine, Listener, train, working_copy
 from deltatune.training.estimate import Estimate, estimate
 from deltatune.training.fit import CHECKPOINT_EVERY, Trained, check_splits, finish
 from deltatune.training.job import Job, Plan, Prepared, make_jobs
 from deltatune.training.settings import Settings, resolve_precision
 
-# Methods × sites, each at some multiples of its own default rate.
+# Methods × sites, each at some multiples of its own default rate; those that did best at equal cost come first
+# (docs/learning_rates.tsv), for a budget that cannot try them all.
 SPACE = (
-    "lora",
-    'lora(r=8, at="attn.{q,k,v,o} ffn.{up,down}")',
     "adapter",
+    'lora(r=8, at="attn.{q,k,v,o} ffn.{up,down}")',
     "parallel_adapter",
-    "prefix",
-    "bitfit",
+    "lora",
     "ia3",
+    "bitfit",
+    "prefix",
 )
-# Rates tried and seeds of the finalists, from plenty to little: the first that lets a finalist train for ENOUGH of the
-# steps that are worth its time. A delta trained too briefly is worth less than an interval over seeds.
-LADDER: tuple[tuple[tuple[float, ...], float], ...] = (
-    ((0.3, 1.0, 3.0), 1.0),
-    ((1.0, 3.0), 1.0),
-    ((1.0,), 1.0),
-    ((1.0,), 2 / 3),
-    ((1.0,), 0.0),
-)
-ENOUGH = 0.5
 BASELINE = "head"
-ETA = 3  # a rung keeps one in ETA
-RUNGS = 3
-FINALISTS = 2
 EPOCHS = 6.0  # the longest training that is worth its time on a small task; the budget may shorten it
-MEASURED = 3  # steps of all candidates by which the cost of one is found
-FEWEST = 30  # steps below which a choice on dev says nothing
-SURE = 0.93  # share of the time that is left which training plans for: a machine is not always as fast as it was
+SURER = 0.95  # as SURE, when much has been measured
+MEASURED = 2  # steps of the first candidates by which the cost of one is found
 
 State = Literal["chosen", "finished", "stopped", "failed"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Seconds of wall clock, or optimiser steps over all candidates (then the result is deterministic for a seed)."""
-
-    seconds: float | None = None
-    steps: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """Parse `10m`, `90s`, `1h` or `2000steps`. UserError otherwise."""
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|steps?)\s*", text)
-        if not match or float(match[1]) <= 0 or (match[2].startswith("step") and "." in match[1]):
-            raise UserError(f"budget {text!r}: expected a time such as 10m, 90s or 1h, or steps such as 2000steps")
-        number, unit = float(match[1]), match[2]
-        if unit.startswith("step"):
-            return cls(steps=int(number))
-        return cls(seconds=number * {"s": 1, "m": 60, "min": 60, "h": 3600}[unit])
 
 
 @dataclass
@@ -109,11 +76,12 @@ class Tuned:
 
 
 def candidates(
-    backbone: Backbone, max_params: int | None = None, rates: Sequence[float] = LADDER[0][0]
+    backbone: Backbone, max_params: int | None = None, effort: Effort = LADDER[0]
 ) -> tuple[list[Candidate], list[str]]:
     """Return the candidates that fit the backbone and the limit, and what was left out with the reason."""
     found: list[Candidate] = []
     out: list[str] = []
+    fitting = 0
     for text in SPACE:
         spec = parse(text)
         try:
@@ -124,7 +92,12 @@ def candidates(
         if max_params is not None and size > max_params:
             out.append(f"{text}: {size:,} parameters, more than {max_params:,}")
             continue
-        found += [Candidate(f"{text} lr={spec.lr * factor:.2g}", spec, spec.lr * factor, size) for factor in rates]
+        fitting += 1
+        if fitting > effort.specs:
+            out.append(f"{text}: the budget does not pay for it")
+            continue
+        rates = [spec.lr * factor for factor in effort.rates]
+        found += [Candidate(f"{text} lr={rate:.2g}", spec, rate, size) for rate in rates]
     if not found:
         limit = "" if max_params is None else f" within --max-params {max_params:,}"
         raise UserError(f"no candidate fits {backbone.name}{limit}: {'; '.join(out)}")
@@ -153,24 +126,21 @@ def tune(
     started = time.monotonic()
     check_splits([task])
     settings = settings or Settings()
-    found, left_out = candidates(backbone, max_params, LADDER[-1][0])
     working = working_copy(backbone, resolve_precision(settings.precision, backbone))
     whole = settings.steps or max(FEWEST, min(round(EPOCHS * len(task.train) / settings.batch), 800))
     place = folder / ".checkpoint" if folder else None
-    prepared = Prepared()
-    means = _settled(
-        place, budget, partial(_means, found, task, settings, budget, started, backbone, working, prepared)
-    )
-    for rates, share in LADDER:
-        found, _ = candidates(backbone, max_params, rates)
-        paid = max(1, round(seeds * share))
-        trainings = _trainings(len(found), paid)
-        steps = min(whole, means.horizon(len(found), paid))
+    prepared, rows = Prepared(), min(len(task.dev), settings.dev_rows)
+    first, _ = candidates(backbone, max_params, LADDER[-1])
+    means = settled(place, budget, partial(_means, first, task, settings, budget, started, backbone, working, prepared))
+    for effort in LADDER:
+        found, left_out = candidates(backbone, max_params, effort)
+        shape = Shape(len(found), max(1, round(seeds * effort.seeds)), effort.finalists, means.baseline)
+        steps = min(whole, means.horizon(shape, rows))
         if steps >= max(FEWEST, ENOUGH * whole):
             break
     horizon = max(FEWEST, int(steps))
-    end = None if budget.seconds is None else started + budget.seconds - means.last(paid)
-    settings = dataclasses.replace(settings, steps=horizon, evaluations=RUNGS)
+    end = None if budget.seconds is None else started + budget.seconds - means.last(shape)
+    settings = dataclasses.replace(settings, steps=horizon, evaluations=RUNGS, dev_rows=means.rows(shape, rows))
     plans = [Plan(c.spec, task, seed, dataclasses.replace(settings, lr=c.lr), c.label) for c in found]
     plans.append(Plan(parse(BASELINE), task, seed, settings, BASELINE))
     jobs = make_jobs(plans, working, backbone, prepared)
@@ -179,27 +149,26 @@ def tune(
     guess: Estimate | None = None
     try:
         done = checkpoint.read(place / "rungs", jobs, identity) if place else None
-        guess = _scaled(estimate(engine), trainings / len(jobs), budget)
+        guess = _scaled(estimate(engine), shape.trainings / len(jobs), budget)
         if announce:
             announce(guess)
         keep = _keeper(place / "rungs" if place else None, jobs, identity)
         if done is None or not done.get("finished"):
-            now = time.monotonic()
-            # What the search may run over by is the finalists' own.
-            share = min(1.0, _search(len(found)) / trainings / SURE)
-            _halve(jobs, engine, horizon, listener, keep, None if end is None else now + share * (end - now))
+            _halve(jobs, engine, horizon, whole, shape, listener, keep, end)
             if place:
                 checkpoint.write(place / "rungs", jobs, identity, {"finished": True})
     finally:
         engine.close()
-    finalists = _judge(found, jobs)
+    finalists = _judge(found, jobs, shape.finalists)
     best = [jobs[found.index(c)] for c in finalists]
     more = [
         Plan(j.plan.spec, task, s, j.plan.settings, j.plan.label)
         for j in [*best, jobs[-1]]
-        for s in _others(seed, paid)
+        for s in _others(seed, shape.seeds)
     ]
     fresh = make_jobs(more, working, backbone, prepared)
+    for job in fresh:
+        job.steps = best[0].steps if job.steps == horizon else job.steps
     trained = _finals(best, jobs[-1], fresh, working, backbone, place, listener, end)
     return _choose(found, finalists, trained, left_out, guess, time.monotonic() - started)
 
@@ -214,74 +183,6 @@ def _others(seed: int, seeds: int) -> range:
     return range(seed + 1, seed + seeds)
 
 
-def _trainings(number: int, seeds: int) -> float:
-    """Return what a search and the training of its finalists cost, in whole trainings."""
-    # A finalist of another spec may have been stopped at the first rung; it is trained to the end.
-    return _search(number) + (FINALISTS - 1) * (1 - _goal(1.0, 0)) + (FINALISTS + 1) * (seeds - 1)
-
-
-def _looks(number: int, seeds: int) -> int:
-    """Return how often dev is looked at during all trainings."""
-    rungs = sum(_kept(number, r) + 1 for r in range(RUNGS))
-    return rungs + (FINALISTS - 1) * (RUNGS - 1) + (FINALISTS + 1) * (seeds - 1) * RUNGS
-
-
-def _search(number: int) -> float:
-    """Return what the rungs of so many candidates and the baseline cost, in whole trainings."""
-    return 1 + sum(_kept(number, r) * (_goal(1.0, r) - (_goal(1.0, r - 1) if r else 0.0)) for r in range(RUNGS))
-
-
-def _kept(number: int, rung: int) -> int:
-    """Return how many of `number` candidates train in a rung."""
-    return min(number, max(FINALISTS, math.ceil(number / ETA**rung)))
-
-
-@dataclass(frozen=True)
-class Means:
-    """What a search may spend: what is left of the budget, and what things cost, in seconds.
-
-    `step`: an optimiser step of one training; `look`: dev rows looked at during a training; `score`: dev and test of
-    one training at the end. For a budget of steps a step costs one, and looking nothing.
-    """
-
-    budget: float
-    left: float
-    step: float = 1.0
-    look: float = 0.0
-    score: float = 0.0
-
-    def last(self, seeds: int) -> float:
-        """Return what is kept for the end, when the finalists and the baseline are scored."""
-        return (FINALISTS + 1) * seeds * self.score
-
-    def horizon(self, number: int, seeds: int) -> float:
-        """Return the steps of a whole training that there are means for, with so many candidates and seeds."""
-        looks = _looks(number, seeds) * self.look
-        return max(0.0, self.left - self.last(seeds) - looks) / self.step / _trainings(number, seeds)
-
-
-def _settled(place: Path | None, budget: Budget, measure: Callable[[], Means]) -> Means:
-    """Return the means of a budget, measured once: a search that is resumed goes on as it began.
-
-    OutputError if it began with another budget.
-    """
-    if place is None or budget.seconds is None:
-        return measure()
-    file = place / "budget.json"
-    if not file.is_file():
-        means = measure()
-        with checkpoint.whole_file(file) as work:
-            work.write_text(json.dumps(dataclasses.asdict(means)))
-        return means
-    began = Means(**json.loads(file.read_text()))
-    if began.budget != budget.seconds:
-        raise OutputError(
-            f"{place.parent} holds an unfinished search of {began.budget:g} s; finish that one with its own "
-            f"--budget, or choose another --out"
-        )
-    return began
-
-
 def _means(
     found: Sequence[Candidate],
     task: Task,
@@ -292,7 +193,7 @@ def _means(
     working: Backbone,
     prepared: Prepared,
 ) -> Means:
-    """Measure what a step costs in a bank of all candidates, and what is left of the budget then."""
+    """Measure what a step costs in a bank of the first candidates, and what is left of the budget then."""
     if budget.seconds is None:
         return Means(float(budget.steps or 0), float(budget.steps or 0))
     short = dataclasses.replace(settings, steps=1 + MEASURED, evaluations=1, dev_rows=1)
@@ -309,36 +210,70 @@ def _means(
     row = step / settings.batch / 3  # a row forward costs a third of a row trained
     left = SURE * (budget.seconds - (time.monotonic() - started))
     look = row * min(len(task.dev), settings.dev_rows)
-    return Means(budget.seconds, left, step, look, row * (len(task.dev) + len(task.test)))
-
-
-def _goal(horizon: float, rung: int) -> float:
-    return horizon * ETA ** (rung - RUNGS + 1)
+    # The baseline's step has no backward pass through the backbone.
+    return Means(budget.seconds, left, step, look, row * (len(task.dev) + len(task.test)), 1 / 3)
 
 
 def _halve(
     jobs: Sequence[Job],
     engine: Engine,
     horizon: int,
+    whole: int,
+    shape: Shape,
     listener: Listener | None,
     keep: Callable[[], None],
-    deadline: float | None,
+    end: float | None,
 ) -> None:
-    """Run the rungs: all candidates to a ninth of the horizon, the best third to a third, the best ninth to its end."""
+    """Run the rungs: all candidates to a ninth of the horizon, the best third to a third, the best ninth to its end.
+
+    With an `end` (time.monotonic seconds) the last rung is as long as there is time for, up to `whole` steps.
+    """
     rivals, baseline = list(jobs[:-1]), jobs[-1]
+    before, deadline = _work(jobs, shape), None
     for rung in range(RUNGS):
-        goal = max(1, math.ceil(_goal(horizon, rung)))
-        train(engine, lambda job, goal=goal: goal, listener=listener, checkpoint=keep, deadline=deadline)  # type: ignore[misc]
-        if rung == RUNGS - 1:
+        if end is not None:
+            now = time.monotonic()
+            # What the search may run over by is the finalists' own.
+            deadline = now + min(1.0, shape.search / shape.trainings / SURE) * (end - now)
+            done = _work(jobs, shape) - before
+            if rung == RUNGS - 1 and done and engine.looks:
+                looks = 2 * sum(job.active for job in jobs) + (shape.finalists + 1) * (shape.seeds - 1) * RUNGS
+                left = SURER * (end - now) - looks * engine.looking / engine.looks
+                longer = _stretched(jobs, shape, left / engine.stepping * done, whole)
+                for job in jobs:
+                    job.steps = longer if job.steps == horizon else job.steps
+        last = rung == RUNGS - 1
+        until = None if last else partial(_up_to, max(1, math.ceil(goal(horizon, rung))))
+        train(engine, until, listener=listener, checkpoint=keep, deadline=deadline)
+        if last:
             break
         going = [job for job in rivals if job.state in ("running", "waiting")]
-        kept = _kept(len(rivals), rung + 1)
         going.sort(key=lambda job: (-(job.curve[-1].dev or 0.0) if job.curve else 0.0, jobs.index(job)))
-        for job in going[kept:]:
+        for job in going[shape.kept(rung + 1) :]:
             job.state = "stopped"
     for job in (*rivals, baseline):
         if job.state == "running":
             job.state = "done"
+
+
+def _up_to(step: int, job: Job) -> int:
+    return step
+
+
+def _work(jobs: Sequence[Job], shape: Shape) -> float:
+    """Return what has been done so far, in steps of a candidate."""
+    return sum(job.step for job in jobs[:-1]) + shape.baseline * jobs[-1].step
+
+
+def _stretched(jobs: Sequence[Job], shape: Shape, left: float, whole: int) -> int:
+    """Return the steps of a whole training for which so much work is left, in steps of a candidate."""
+    rivals, baseline = [job for job in jobs[:-1] if job.active], jobs[-1]
+    share = shape.baseline * baseline.active
+    trainings = len(rivals) + share + shape.others
+    done = sum(job.step for job in rivals) + share * baseline.step
+    if not trainings:
+        return jobs[0].steps
+    return max(min(whole, int((left + done) / trainings)), *(job.step + 1 for job in jobs))
 
 
 def _keeper(place: Path | None, jobs: Sequence[Job], identity: str) -> Callable[[], None]:
@@ -353,11 +288,14 @@ def _keeper(place: Path | None, jobs: Sequence[Job], identity: str) -> Callable[
     return keep
 
 
-def _judge(found: Sequence[Candidate], jobs: Sequence[Job]) -> list[Candidate]:
-    """Write down how far each candidate came and return the finalists, best first."""
+def _judge(found: Sequence[Candidate], jobs: Sequence[Job], number: int) -> list[Candidate]:
+    """Write down how far each candidate came and return so many finalists, best first."""
     for candidate, job in zip(found, jobs, strict=False):
         candidate.steps, candidate.dev = job.step, job.best_dev
-        candidate.rung = sum(job.step >= math.ceil(_goal(job.steps, r)) for r in range(RUNGS))
+        horizon = job.plan.settings.steps or job.steps
+        candidate.rung = sum(job.step >= math.ceil(goal(horizon, r)) for r in range(RUNGS - 1)) + (
+            job.step >= job.steps
+        )
         candidate.state = {"nan": "failed", "done": "finished"}.get(job.state, "stopped")  # type: ignore[assignment]
     able = [c for c in found if c.state != "failed" and c.dev is not None]
     if not able:
@@ -366,7 +304,7 @@ def _judge(found: Sequence[Candidate], jobs: Sequence[Job]) -> list[Candidate]:
     finalists = able[:1]
     # The second is of another spec where there is one: two rates of one method answer no question.
     for candidate in able[1:]:
-        if len(finalists) < FINALISTS and candidate.spec != finalists[0].spec:
+        if len(finalists) < number and candidate.spec != finalists[0].spec:
             finalists.append(candidate)
     return finalists
 
