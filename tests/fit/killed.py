@@ -67,7 +67,7 @@ def verb(place: Path) -> None:
 
 def tuned(place: Path) -> None:
     settings = dataclasses.replace(QUICK, steps=None, lr=None)
-    made = tune(backbone(), ONE, Budget(steps=300), settings=settings, seeds=2, folder=place / "out")
+    made = tune(backbone(), ONE, Budget(steps=450), settings=settings, seeds=2, folder=place / "out")
     facts = [[c.label, c.lr, c.rung, c.steps, c.dev, c.state] for c in made.candidates]
     write(place, made.trained, [facts, made.chosen, made.second])
 
