@@ -22,7 +22,8 @@ from deltatune.studies.verbs import write_json
 from deltatune.training.fit import versions
 
 ROOT = Path(__file__).parents[1]
-TASKS = Path(os.environ.get("DELTATUNE_TASKS", ROOT.parent / "shared" / "data"))
+# A folder with a folder of splits for each task, and TASKS.tsv, which states name and metric.
+TASKS = Path(os.environ.get("DELTATUNE_TASKS", ROOT / "benchmarks" / "tasks"))
 # Says only "f1" of one whose paper says of which label.
 METRICS = {"tweet_irony": "f1_irony"}
 

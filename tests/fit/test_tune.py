@@ -16,9 +16,9 @@ from deltatune.studies.schema import check_result
 from deltatune.training import evaluate as evaluating
 from deltatune.training import fit as fitting
 from deltatune.training import tune as tuning
-from deltatune.training.budget import Budget, Effort
+from deltatune.training.budget import Budget, Effort, Means, Shape
 from deltatune.training.engine import Engine, train
-from deltatune.training.tune import Tuned, candidates, tune
+from deltatune.training.tune import Tuned, _stretched, candidates, tune
 
 SETTINGS = dataclasses.replace(QUICK, steps=None, lr=None)
 
@@ -80,6 +80,43 @@ def test_a_small_budget_costs_rates_and_then_seeds_before_it_costs_steps(steps, 
     assert len(tuned.candidates) == 7 * rates and len({t.plan.seed for t in tuned.trained}) == seeds
     # 40 rows in batches of four, six times over, are worth the time: half of that at least.
     assert all(t.steps >= 30 for t in tuned.trained)
+
+
+@pytest.mark.parametrize(("steps", "specs", "finalists"), [(150, 7, 2), (130, 4, 2), (100, 2, 1), (40, 2, 1)])
+def test_a_very_small_budget_costs_candidates_and_says_which(steps, specs, finalists):
+    on, data = backbone(), task()
+    tuned = tune(on, data, Budget(steps=steps), settings=SETTINGS, seeds=3)
+    assert len(tuned.candidates) == specs and len(tuned.left_out) == 7 - specs
+    assert all(reason.endswith(": the budget does not pay for it") for reason in tuned.left_out)
+    assert len({t.plan.label for t in tuned.trained}) == finalists + 1 and (tuned.second is None) == (finalists == 1)
+    assert all(t.steps >= 30 for t in tuned.trained)
+    result = build_result(on, data, tuned.trained, command="", tuned=tuned)
+    check_result(result)
+    assert finalists == 2 or "told apart" not in result["sentence"]
+
+
+def test_looks_at_dev_take_a_tenth_of_the_time_and_never_too_few_rows():
+    shape = Shape(2, 1, 1, 1 / 3)
+    means = Means(120.0, 90.0, 0.2, 2.0, 5.0, 1 / 3)
+    assert shape.looks == 7 and means.rows(shape, 500) == int(500 * 9 / 14)
+    assert dataclasses.replace(means, look=0.1).rows(shape, 500) == 500
+    assert dataclasses.replace(means, look=90.0).rows(shape, 500) == 100
+    assert dataclasses.replace(means, look=90.0).rows(shape, 60) == 60
+    assert Means(300, 300).rows(shape, 500) == 500
+    spent = means.horizon(shape, 500) * shape.trainings * means.step
+    assert spent + means.last(shape) + shape.looks * means.look * means.rows(shape, 500) / 500 == pytest.approx(90)
+
+
+@pytest.mark.parametrize(
+    ("left", "whole", "steps"), [(70.0, 500, 62), (1000.0, 50, 50), (0.0, 500, 11), (-5.0, 500, 11)]
+)
+def test_the_last_rung_is_as_long_as_there_is_time_for(left, whole, steps):
+    on = backbone()
+    jobs = jobs_of([plan("lora"), plan("adapter"), plan("head")], on)
+    for job, step, state in zip(jobs, (10, 5, 10), ("running", "stopped", "running"), strict=True):
+        job.step, job.state, job.steps = step, state, 30
+    # One candidate and the baseline at a third of the cost: (70 + 10 + 10 / 3) / (1 + 1 / 3) = 62.5.
+    assert _stretched(jobs, Shape(2, 1, 1, 1 / 3), left, whole) == steps
 
 
 def test_what_is_announced_is_the_search_and_not_all_candidates_to_their_end(monkeypatch):
