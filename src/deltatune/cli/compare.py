@@ -54,7 +54,8 @@ def compare(
 
 def compared(a: Ready, b: Ready, first: str, second: str, task: Task, split: str) -> dict[str, Any]:
     """Return what `--json` prints of two deltas on a split of a task."""
-    from deltatune.cli.scoring import mcnemar, right, said
+    from deltatune.cli.scoring import mcnemar, said
+    from deltatune.data.answers import hit, within, written
     from deltatune.data.metrics import references
     from deltatune.data.scores import difference_interval, resamples, score_interval
     from deltatune.training.evaluate import task_rows
@@ -63,7 +64,12 @@ def compared(a: Ready, b: Ready, first: str, second: str, task: Task, split: str
     gold = references(task.kind, rows)
     ours, theirs = a.predict(rows).values, b.predict(rows).values
     apart = difference_interval(task.metric, ours, theirs, gold, task.labels)
-    cells = [(right(p, g), right(q, g)) for p, q, g in zip(ours, theirs, gold, strict=True)]
+    near = within(task.kind, gold)
+    least = 1.0 if near is None else -near
+    cells = [
+        (hit(task.kind, p, g) >= least, hit(task.kind, q, g) >= least)
+        for p, q, g in zip(ours, theirs, gold, strict=True)
+    ]
     differ = [i for i in range(len(rows)) if ours[i] != theirs[i]]
     differ.sort(key=lambda i: (cells[i][0] == cells[i][1], i))  # first those that one of them has right
     told = apart.low is not None and apart.high is not None and not apart.low <= 0 <= apart.high
@@ -83,13 +89,14 @@ def compared(a: Ready, b: Ready, first: str, second: str, task: Task, split: str
             "only_b_right": cells.count((False, True)),
             "both_wrong": cells.count((False, False)),
             "different_answers": len(differ),
+            "right": "" if near is None else f" (within half a standard deviation, {near:.3g})",
             "p": mcnemar(cells.count((True, False)), cells.count((False, True))),
         },
         "better": better,
         "sentence": _sentence(better, first, second, len(rows), split),
         "examples": [
-            {"row": i + 1, "input": text_of(rows[i]), "gold": text_of_answer(gold[i]), "a": text_of_answer(ours[i]),
-             "b": text_of_answer(theirs[i])}
+            {"row": i + 1, "input": text_of(rows[i]), "gold": written(task.kind, gold[i]),
+             "a": written(task.kind, ours[i]), "b": written(task.kind, theirs[i])}
             for i in differ[:SHOWN]
         ],
     }  # fmt: skip
@@ -110,11 +117,6 @@ def text_of(row: dict[str, Any]) -> str:
     return " · ".join(" ".join(part) if isinstance(part, list) else part for part in parts)
 
 
-def text_of_answer(answer: Any) -> str:
-    """Return a label, tags, or the accepted texts as one text."""
-    return " ".join(answer) if isinstance(answer, list) else str(answer)
-
-
 def _shown(result: dict[str, Any]) -> Sequence[RenderableType]:
     from deltatune.cli.scoring import shown
     from deltatune.studies.formatting import cut
@@ -127,8 +129,8 @@ def _shown(result: dict[str, Any]) -> Sequence[RenderableType]:
     lines: list[RenderableType] = [
         result["sentence"],
         scores,
-        f"In brackets: 95 % paired bootstrap over rows, {result['resamples']:,} resamples. Right on a row: both "
-        f"{counts['both_right']:,}, only A {counts['only_a_right']:,}, only B {counts['only_b_right']:,}, neither "
+        f"In brackets: 95 % paired bootstrap over rows, {result['resamples']:,} resamples. "
+        f"Right on a row{counts['right']}: both {counts['both_right']:,}, only A {counts['only_a_right']:,}, only B {counts['only_b_right']:,}, neither "
         f"{counts['both_wrong']:,} (exact McNemar test: p = {counts['p']:.2g}).",
     ]
     if not result["examples"]:

@@ -41,10 +41,12 @@ def inputs_of(words: Sequence[str], kind: Kind, columns: Mapping[str, str]) -> I
 
 
 def _from_texts(texts: Sequence[str], kind: Kind) -> list[Row]:
+    from deltatune.data.task import PAIRS
+
     for number, text in enumerate(texts, 1):
         if not text.strip():
             raise TaskError(f"text {number} is empty; expected some words")
-    if kind == "pair_classification":
+    if kind in PAIRS:
         if len(texts) % 2:
             raise TaskError(f"this delta reads pairs of texts: got {len(texts)}, expected two for each pair, or a file")
         return [{"text": a, "text_b": b} for a, b in zip(texts[::2], texts[1::2], strict=True)]
@@ -59,7 +61,7 @@ def _from_table(table: Table, kind: Kind, columns: Mapping[str, str]) -> Inputs:
 
     fields = INPUTS[kind]
     for field in columns:
-        if field not in fields and field not in ("label", "tags", "target", "targets"):
+        if field not in fields and field not in ("label", "labels", "value", "tags", "target", "targets"):
             raise TaskError(f"--columns names the field {field!r}; this delta reads {', '.join(fields)}")
     mapping = {}
     for field in fields:

@@ -47,15 +47,17 @@ def predict(
     """Predict with a saved delta: label and confidence for each text, tags for its words, or an answer."""
     from deltatune.cli.inputs import inputs_of
     from deltatune.cli.saved import ready
+    from deltatune.data.task import FIELDS
 
     if out is not None:
         _check_out(out)
     one = ready(folder, backbone)
     given = inputs_of(inputs, one.task["kind"], columns_of(columns))
     made = one.predict(given.rows)
-    answer = "prediction" if one.task["kind"] == "generation" else "tags" if "tokens" in given.rows[0] else "label"
-    # Written text comes without a probability.
-    sure = [None if answer == "prediction" else value for value in made.confidence]
+    kind = one.task["kind"]
+    answer = {"generation": "prediction"}.get(kind, FIELDS[kind][-1])
+    # Written text and numbers come without a probability.
+    sure = [None if answer in ("prediction", "value") else value for value in made.confidence]
     predictions = [
         {**row, answer: value, "confidence": certain}
         for row, value, certain in zip(given.rows, made.values, sure, strict=True)
@@ -78,18 +80,16 @@ def predict(
 
 
 def _table(one: Ready, predictions: Sequence[dict[str, Any]], answer: str) -> Table:
+    from deltatune.data.answers import written
     from deltatune.studies.formatting import cut
 
+    kind = one.task["kind"]
     made = table(answer, "confidence", "input", right=("confidence",))
     for row in predictions:
-        words = row.get("tokens")
-        if words is not None:
-            text, value = cut(" ".join(words), LONGEST), " ".join(row[answer])
-        else:
-            text, value = (
-                cut(" · ".join(row[f] for f in ("text", "text_b", "source") if f in row), LONGEST),
-                row[answer],
-            )
+        words = (
+            [" ".join(row["tokens"])] if "tokens" in row else [row[f] for f in ("text", "text_b", "source") if f in row]
+        )
+        text, value = cut(" · ".join(words), LONGEST), written(kind, row[answer])
         made.add_row(value, "–" if row["confidence"] is None else f"{row['confidence']:.3f}", text)
     return made
 

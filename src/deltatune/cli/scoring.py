@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from deltatune.data.intervals import Interval
 from deltatune.errors import UnknownName
@@ -15,13 +15,6 @@ def split_of(name: str) -> Literal["train", "dev", "test"]:
     if name not in SPLITS:
         raise UnknownName("split", name, SPLITS)
     return cast(Literal["train", "dev", "test"], name)
-
-
-def right(prediction: Any, gold: Any) -> bool:
-    """Whether a prediction is the gold one: the label, all tags, or one of the accepted texts (white space apart)."""
-    if isinstance(prediction, str) and isinstance(gold, list):
-        return prediction.split() in [answer.split() for answer in gold]
-    return bool(prediction == gold)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -8,11 +8,16 @@ from collections.abc import Mapping
 
 from deltatune.data.rows import Placed
 from deltatune.data.split import LEAST
-from deltatune.data.task import FIELDS, INPUTS, SPLITS, Kind
+from deltatune.data.task import FIELDS, INPUTS, SPLITS, Kind, Row
 from deltatune.errors import TaskError, nearest
 
 MOST_FRACTIONS = 10
 MANY = 20
+
+
+def labels_of(row: Row) -> list[str]:
+    """Return the label of a row, or its labels."""
+    return row["labels"] if "labels" in row else [row["label"]]
 
 
 def check_sizes(name: str, splits: Mapping[str, list[Placed]]) -> None:
@@ -32,13 +37,15 @@ def check_classes(name: str, placed: list[Placed]) -> None:
     if numeric and len(values) > len(labels) / 2:
         raise TaskError(
             f"{name}: the labels look like a regression: {len(values)} different numbers in {len(labels)} rows "
-            f"({_some(values)}); expected classes: group the numbers, or name another label column"
+            f"({_some(values)}); expected classes: group the numbers, estimate them (--columns value=COLUMN), or name "
+            f"another label column"
         )
     fractions = {value for value in values if numeric and not float(value).is_integer()}
     if len(fractions) > MOST_FRACTIONS:
         raise TaskError(
             f"{name}: the labels look like a regression: {len(fractions)} different fractions ({_some(fractions)}); "
-            f"expected classes: round or group the numbers, or name another label column"
+            f"expected classes: round or group the numbers, estimate them (--columns value=COLUMN), or name "
+            f"another label column"
         )
     if len(values) > len(labels) / 2 and len(labels) >= MANY:
         raise TaskError(
@@ -47,22 +54,38 @@ def check_classes(name: str, placed: list[Placed]) -> None:
         )
 
 
+def check_values(name: str, placed: list[Placed]) -> None:
+    """Raise TaskError for numbers that are all the same."""
+    values = {row["value"] for _, row in placed}
+    if len(values) == 1:
+        raise TaskError(f"{name}: every value is {values.pop():g}; expected two different numbers or more")
+
+
+def check_label_sets(name: str, placed: list[Placed]) -> None:
+    """Raise TaskError for sets of labels of which there is one only."""
+    labels = {label for _, row in placed for label in row["labels"]}
+    if len(labels) < 2:
+        had = f"only {labels.pop()!r}" if labels else "none"
+        raise TaskError(f"{name}: expected two different labels or more over all rows, got {had}; name another column")
+
+
 def known_only(splits: Mapping[str, list[Placed]]) -> tuple[dict[str, list[Placed]], int]:
     """Return the splits without the rows whose label train lacks, and how many those were."""
-    known = {row["label"] for _, row in splits["train"]}
-    kept = {split: [one for one in rows if one[1]["label"] in known] for split, rows in splits.items()}
+    known = {label for _, row in splits["train"] for label in labels_of(row)}
+    kept = {split: [one for one in rows if known.issuperset(labels_of(one[1]))] for split, rows in splits.items()}
     return kept, sum(len(splits[split]) - len(kept[split]) for split in splits)
 
 
 def check_seen(splits: Mapping[str, list[Placed]]) -> None:
     """Raise TaskError for labels in dev or test that train lacks; says which, and in which row."""
-    known = {row["label"] for _, row in splits["train"]}
-    rows = [one for split in ("dev", "test") for one in splits[split] if one[1]["label"] not in known]
+    known = {label for _, row in splits["train"] for label in labels_of(row)}
+    rows = [one for split in ("dev", "test") for one in splits[split] if not known.issuperset(labels_of(one[1]))]
     if rows:
         where, row = rows[0]
         more = f" and {len(rows) - 1} more rows" if len(rows) > 1 else ""
+        label = next(label for label in labels_of(row) if label not in known)
         raise TaskError(
-            f"{where}{more}: label {row['label']!r} is not in train{nearest(row['label'], known)}; correct it, give "
+            f"{where}{more}: label {label!r} is not in train{nearest(label, known)}; correct it, give "
             f"train examples of it, or leave such rows out with unseen='drop'"
         )
 

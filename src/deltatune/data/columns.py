@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from deltatune.data.formats import Table
-from deltatune.data.task import FIELDS, Kind
+from deltatune.data.task import FIELDS, NUMBERS, PAIRS, Kind
 from deltatune.errors import TaskError, UnknownName, nearest
 
 OTHER_NAMES = {"source": "table", "targets": "refs"}
@@ -21,15 +21,18 @@ LIKELY: Mapping[str, str] = {
     "title document abstract query sms premise sentence1 text1 text_a",
     "text_b": "text_b sentence2 text2 hypothesis question2 answer passage response document aspect",
     "label": "label class category sentiment stars rating intent topic polarity emotion type gold y target score",
+    "labels": "labels tags topics genres categories emotions",
+    "value": "value score similarity rating stars y target",
     "tokens": "tokens words",
     "tags": "tags ner_tags labels slots bio pos_tags ner",
     "source": "source input article document question prompt src instruction code",
     "target": "target output summary answer response completion translation tgt headline reply",
 }
+PROPOSED: tuple[Kind, ...] = ("classification", "pair_classification", "token_classification", "generation")
 LONGEST_LABEL = 5  # words in a cell on average, above which a column is no label
 MOST_DISTINCT = 0.5  # share of distinct values, above which a column hardly is one
 WORDY = 1.2  # words in a cell on average, above which a column is text and not a name or a number
-PAIRS = (("premise", "hypothesis"), ("query", "passage"), ("query", "document"), ("question", "sentence"))
+TOGETHER = (("premise", "hypothesis"), ("query", "passage"), ("query", "document"), ("question", "sentence"))
 
 
 def resolve(table: Table, columns: Mapping[str, str] | None, kind: Kind | None) -> tuple[Kind, dict[str, str]]:
@@ -49,8 +52,9 @@ def resolve(table: Table, columns: Mapping[str, str] | None, kind: Kind | None) 
     fitting: list[Kind] = [k for k in get_args(Kind) if set(FIELDS[k]) <= mapping.keys() and (kind or k) == k]
     # Fields that were named say which kind is meant, whatever else stands in the file.
     fitting = [k for k in fitting if given.keys() <= _allowed(k)]
-    if "pair_classification" in fitting and "classification" in fitting:
-        fitting.remove("classification")
+    for pair, single in (("pair_classification", "classification"), ("pair_regression", "regression")):
+        if pair in fitting and single in fitting:
+            fitting.remove(single)
     if kind is None and "choices" in table.columns and "choices" not in given.values():
         raise TaskError(
             f"{table.name}: multiple choice (column 'choices') is not a kind of task here; "
@@ -104,13 +108,17 @@ class _Column:
     words: float
     distinct: float
     listed: bool
+    number: bool = False
 
 
 def propose(table: Table, kind: Kind | None, given: Mapping[str, str]) -> dict[str, str]:
     """Return the columns to give, guessed by names and content; {} where there is no good guess."""
     measured = (_measure(name, table) for name in table.columns if name not in given.values())
     free = [column for column in measured if column is not None]
-    kinds: tuple[Kind, ...] = (kind,) if kind else get_args(Kind)
+    # Numbers and sets of labels are proposed to those who ask for them: a column of stars is a label otherwise.
+    asked = {"value": NUMBERS, "labels": ("multi_label",)}
+    named: tuple[Kind, ...] = next((kinds for field, kinds in asked.items() if field in given), PROPOSED)
+    kinds: tuple[Kind, ...] = (kind,) if kind else named
     good = [one for k in kinds if given.keys() <= _allowed(k) and (one := _guess(k, free, given))[1]]
     if not good:
         return {}
@@ -125,13 +133,14 @@ def _measure(name: str, table: Table) -> _Column | None:
     if isinstance(cells[0], list) or (isinstance(cells[0], str) and re.match(r"\[\s*[\"']", cells[0])):
         return _Column(name, 0.0, 1.0, True)
     texts = [str(cell) for cell in cells]
-    return _Column(name, sum(len(t.split()) for t in texts) / len(texts), len(set(texts)) / len(texts), False)
+    numeric = all(re.fullmatch(r"\s*[-+]?\d*\.?\d+(e[-+]?\d+)?\s*", text.lower()) for text in texts)
+    return _Column(name, sum(len(t.split()) for t in texts) / len(texts), len(set(texts)) / len(texts), False, numeric)
 
 
 def _guess(kind: Kind, free: list[_Column], given: Mapping[str, str]) -> tuple[float, dict[str, str]]:
     """Return how good the best choice of columns for a kind is (0 to 2 for each field), and the choice."""
     taken, total = dict(given), 0.0
-    if kind == "pair_classification" and not given.keys() & {"text", "text_b"}:
+    if kind in PAIRS and not given.keys() & {"text", "text_b"}:
         pair = _pair([column.name for column in free if column.words > WORDY])
         if pair is None:
             return 0.0, {}
@@ -166,8 +175,12 @@ def _content(field: str, column: _Column, columns: list[_Column]) -> float:
     longest = max((other.words for other in columns), default=0.0)
     if field in ("tokens", "tags"):
         return 1.0 if column.listed else 0.0
+    if field == "labels":
+        return 1.0 if column.listed else 0.5 - column.distinct
     if column.listed:
         return -2.0
+    if field == "value":
+        return 1.0 if column.number else -2.0
     if field == "label":
         if column.words > LONGEST_LABEL:
             return -2.0
@@ -179,7 +192,7 @@ def _content(field: str, column: _Column, columns: list[_Column]) -> float:
 def _pair(names: list[str]) -> tuple[str, str] | None:
     """Return two columns whose names say that they belong together: sentence1 and sentence2, premise and hypothesis."""
     lower = {name.lower(): name for name in names}
-    for first, second in PAIRS:
+    for first, second in TOGETHER:
         if first in lower and second in lower:
             return lower[first], lower[second]
     for low, name in lower.items():

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deltatune.data import formats
-from deltatune.data.check import check_classes, check_seen, check_sizes, check_words, known_only
+from deltatune.data.check import (
+    check_classes,
+    check_label_sets,
+    check_seen,
+    check_sizes,
+    check_values,
+    check_words,
+    known_only,
+)
 from deltatune.data.columns import as_option, propose, resolve
 from deltatune.data.embedded import build, embedded_tasks
 from deltatune.data.formats import Table
@@ -84,12 +92,13 @@ def _assembled(source: str | Path, columns: Mapping[str, str] | None, kind: Kind
         placed = {split: rows for split, (rows, _) in fixed.items()}
         notes += _note(sum(count for _, count in fixed.values()), "with tags that were not strict BIO repaired")
     check_sizes(origin, placed)
-    if "label" in mapping:
-        check_classes(origin, placed["train"])
+    for field, check in (("label", check_classes), ("labels", check_label_sets), ("value", check_values)):
+        if field in mapping:
+            check(origin, placed["train"])
     placed, cut_notes = _whole(origin, found, placed, seed)
     notes += cut_notes
     check_sizes(origin, placed)
-    if "label" in mapping:
+    if mapping.keys() & {"label", "labels"}:
         if drop:
             placed, left_out = known_only(placed)
             notes += _note(left_out, "of dev and test with a label that train lacks left out")
@@ -192,4 +201,4 @@ def _note(count: int, what: str) -> list[str]:
 
 
 def _labels_of(row: Mapping[str, Any]) -> list[str]:
-    return row.get("tags") or ([row["label"]] if "label" in row else [])
+    return row.get("tags") or row.get("labels") or ([row["label"]] if "label" in row else [])

@@ -1,9 +1,11 @@
 """How predictions are scored.
 
-Every score is a fraction (0 to 1; `matthews` -1 to 1), `bleu` and `chrf` too. Stated rules:
+Every score is a fraction (0 to 1; `matthews`, `pearson` and `spearman` -1 to 1, `r2` up to 1), `bleu` and `chrf` too.
+Stated rules:
 
 - A quotient 0/0 counts as 0: a label that is neither present nor predicted has no part in `macro_f1` and
   `macro_recall`; one that is only predicted counts as 0; `entity_f1` is 0 where there is no entity at all.
+- A correlation with something constant counts as 0.
 - Nothing to score is an error, never a score.
 - `entity_f1` counts a predicted entity that agrees exactly in both ends and in type, over all rows together.
 - Text metrics take the best of a row's accepted answers (`exact_match`, `token_f1`, `rouge_l`), or all of them
@@ -20,13 +22,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from deltatune.data.tags import is_bio
-from deltatune.data.task import Kind, Row, Task
+from deltatune.data.task import NUMBERS, Kind, Row, Task
 from deltatune.errors import TaskError, UnknownName
 
 CLASS_METRICS = ("accuracy", "macro_f1", "micro_f1", "macro_recall", "matthews")
 TAG_METRICS = ("entity_f1", "token_accuracy")
+SET_METRICS = ("micro_f1", "macro_f1", "subset_accuracy")
+NUMBER_METRICS = ("pearson", "spearman", "r2")
 TEXT_METRICS = ("exact_match", "token_f1", "rouge_l", "bleu", "chrf")
-METRICS = (*CLASS_METRICS, *TAG_METRICS, *TEXT_METRICS)
+METRICS = tuple(dict.fromkeys((*CLASS_METRICS, *TAG_METRICS, *SET_METRICS, *NUMBER_METRICS, *TEXT_METRICS)))
 """Every metric but the `f1_<label>` form, which is F1 of one label."""
 
 ALSO_CALLED = {"mcc": "matthews", "rouge": "rouge_l"}
@@ -35,6 +39,9 @@ OF_KIND: Mapping[Kind, tuple[str, ...]] = {
     "pair_classification": CLASS_METRICS,
     "token_classification": TAG_METRICS,
     "generation": TEXT_METRICS,
+    "multi_label": SET_METRICS,
+    "regression": NUMBER_METRICS,
+    "pair_regression": NUMBER_METRICS,
 }
 
 
@@ -82,11 +89,14 @@ def references(kind: Kind, rows: Sequence[Row]) -> list[Any]:
     """Return what `score` compares with: each row's label, tags, or list of accepted answers."""
     if kind == "generation":
         return [row.get("targets") or [row["target"]] for row in rows]
-    return [row["tags" if kind == "token_classification" else "label"] for row in rows]
+    field = {"token_classification": "tags", "multi_label": "labels", "regression": "value", "pair_regression": "value"}
+    return [row[field.get(kind, "label")] for row in rows]
 
 
-def majority(task: Task) -> str:
+def majority(task: Task) -> Any:
     """Return train's most frequent label, tag or target text; of equally frequent ones the first in sorted order.
+
+    Of numbers it is the mean; of sets of labels those that at least half of the rows have, or the most frequent one.
 
     No other constant scores higher in any class metric or in `exact_match` on train, but for `f1_<label>`, where it is
     that label. Tags repeat it for each token.
@@ -94,11 +104,17 @@ def majority(task: Task) -> str:
     if task.metric.startswith("f1_"):
         return task.metric.removeprefix("f1_")
     answers = references(task.kind, task.train)
+    if task.kind in NUMBERS:
+        return sum(answers) / len(answers)
+    if task.kind == "multi_label":
+        often = Counter(label for labels in answers for label in labels)
+        most = min(often, key=lambda one: (-often[one], one))
+        return sorted(label for label in often if often[label] >= len(answers) / 2) or [most]
     counts = Counter(answers if task.kind in LABELLED else [one for several in answers for one in several])
     return min(counts, key=lambda one: (-counts[one], one))
 
 
-def constant(prediction: str, task: Task, rows: Sequence[Row]) -> list[Any]:
+def constant(prediction: Any, task: Task, rows: Sequence[Row]) -> list[Any]:
     """Return `prediction` for each of `rows`, for each token where rows have tags."""
     if task.kind == "token_classification":
         return [[prediction] * len(row["tokens"]) for row in rows]
@@ -130,6 +146,54 @@ def _macro_recall(predictions: Sequence[str], references: Sequence[str]) -> floa
 
     present = sorted(set(references))
     return float(recall_score(references, predictions, labels=present, average="macro", zero_division=0.0))
+
+
+def _sets(average: str) -> Callable[[Sequence[Sequence[str]], Sequence[Sequence[str]]], float]:
+    def f1(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> float:
+        counts: dict[str, list[int]] = {}
+        for predicted, present in zip(predictions, references, strict=True):
+            for label in {*predicted, *present}:
+                given, there = label in predicted, label in present
+                for place, one in enumerate((given and there, given, there)):
+                    counts.setdefault(label, [0, 0, 0])[place] += one
+        if average == "micro":
+            return _f1(*(sum(column) for column in zip(*counts.values(), strict=True))) if counts else 0.0
+        return sum(_f1(*one) for one in counts.values()) / len(counts) if counts else 0.0
+
+    return f1
+
+
+def _by_shape(single: Any, several: Any) -> Callable[[Sequence[Any], Sequence[Any]], float]:
+    """One name for two metrics: of labels, and of sets of labels."""
+
+    def either(predictions: Sequence[Any], references: Sequence[Any]) -> float:
+        return float((several if isinstance(references[0], list) else single)(predictions, references))
+
+    return either
+
+
+def _subset_accuracy(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> float:
+    return _accuracy([sorted(p) for p in predictions], [sorted(r) for r in references])
+
+
+def _pearson(predictions: Sequence[float], references: Sequence[float]) -> float:
+    import numpy as np
+
+    if np.ptp(predictions) == 0 or np.ptp(references) == 0:
+        return 0.0
+    return float(np.corrcoef(predictions, references)[0, 1])
+
+
+def _spearman(predictions: Sequence[float], references: Sequence[float]) -> float:
+    from scipy.stats import rankdata
+
+    return _pearson(rankdata(predictions), rankdata(references))
+
+
+def _r2(predictions: Sequence[float], references: Sequence[float]) -> float:
+    from sklearn.metrics import r2_score
+
+    return float(r2_score(references, predictions)) if len(references) > 1 else 0.0
 
 
 def _matthews(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -210,8 +274,13 @@ def _sacrebleu(name: str) -> Callable[[Sequence[str], Sequence[Any]], float]:
 
 SCORES: Mapping[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "accuracy": _accuracy,
-    "micro_f1": _accuracy,  # the same where every row has one label of the whole list
-    "macro_f1": _macro_f1,
+    # Of one label of the whole list for each row, micro F1 is accuracy.
+    "micro_f1": _by_shape(_accuracy, _sets("micro")),
+    "macro_f1": _by_shape(_macro_f1, _sets("macro")),
+    "subset_accuracy": _subset_accuracy,
+    "pearson": _pearson,
+    "spearman": _spearman,
+    "r2": _r2,
     "macro_recall": _macro_recall,
     "matthews": _matthews,
     "entity_f1": _entity_f1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,8 +38,12 @@ def canonical(table: Table, kind: Kind, columns: Mapping[str, str]) -> list[Plac
 
 
 def _value(field: str, cell: Any, where: str, column: str) -> Any:
+    if field == "labels":
+        return _labels(cell, where)
     if _missing(cell):
         raise TaskError(f"{where} has no {field} (column {column!r} is empty or absent); fill it or delete the row")
+    if field == "value":
+        return _number(cell, where, column)
     if field in ("tokens", "tags", "targets"):
         return _texts(cell, field, where)
     if isinstance(cell, list) and column == "table":
@@ -47,6 +52,25 @@ def _value(field: str, cell: Any, where: str, column: str) -> Any:
         raise TaskError(f"{where}: {field} is a {'list' if isinstance(cell, list) else 'record'}; expected a text")
     text = _checked(str(cell), where, field)
     return text.strip() if field == "label" else text
+
+
+def _number(cell: Any, where: str, column: str) -> float:
+    try:
+        value = float(cell)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise TaskError(f"{where}: value is {cell!r} (column {column!r}); expected a number")
+    return value
+
+
+def _labels(cell: Any, where: str) -> list[str]:
+    """Return the labels of a row, each once and in order, none at all included; in a csv cell with , ; or | between."""
+    if _missing(cell):
+        return []
+    if isinstance(cell, str) and not cell.lstrip().startswith("["):
+        cell = [part.strip() for part in re.split(r"[,;|]", cell) if part.strip()]
+    return sorted(set(_texts(cell, "labels", where))) if cell else []
 
 
 def _missing(cell: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from deltatune.data.rows import Placed
 from deltatune.data.task import INPUTS, Kind, Row
@@ -36,8 +36,11 @@ def cut(name: str, kind: Kind, placed: list[Placed], parts: tuple[str, ...], see
     size = max(LEAST, round(SHARE * len(placed)))
     rng = random.Random(seed)
     groups: dict[str, list[Placed]] = defaultdict(list)
+    often = Counter(label for _, row in placed for label in row.get("labels", ()))
     for one in placed:
-        groups[one[1].get("label", "")].append(one)
+        # Of several labels the rarest: it is the one that might be left without a row in train.
+        several = min(one[1].get("labels") or [""], key=lambda label: (often[label], label))
+        groups[one[1].get("label", several)].append(one)
     train, spread = [], []
     for label in sorted(groups):
         rows = groups[label]

@@ -13,7 +13,10 @@ from typing import Any, Literal
 
 from deltatune.errors import TaskError
 
-Kind = Literal["classification", "pair_classification", "token_classification", "generation"]
+Kind = Literal[
+    "classification", "pair_classification", "token_classification", "generation", "multi_label", "regression",
+    "pair_regression",
+]  # fmt: skip
 Row = dict[str, Any]
 SPLITS = ("train", "dev", "test")
 
@@ -22,14 +25,23 @@ FIELDS: Mapping[Kind, tuple[str, ...]] = {
     "pair_classification": ("text", "text_b", "label"),
     "token_classification": ("tokens", "tags"),
     "generation": ("source", "target"),
+    "multi_label": ("text", "labels"),
+    "regression": ("text", "value"),
+    "pair_regression": ("text", "text_b", "value"),
 }
 """The canonical fields of a row by kind; `generation` may also have `targets`, every accepted answer."""
+
+PAIRS: tuple[Kind, ...] = ("pair_classification", "pair_regression")
+NUMBERS: tuple[Kind, ...] = ("regression", "pair_regression")
 
 INPUTS: Mapping[Kind, tuple[str, ...]] = {
     "classification": ("text",),
     "pair_classification": ("text", "text_b"),
     "token_classification": ("tokens",),
     "generation": ("source",),
+    "multi_label": ("text",),
+    "regression": ("text",),
+    "pair_regression": ("text", "text_b"),
 }
 """The fields of a row that a model may see."""
 
@@ -38,9 +50,9 @@ INPUTS: Mapping[Kind, tuple[str, ...]] = {
 class Task:
     """A named problem with its data: splits of canonical rows, labels, template and metric.
 
-    Rows are never changed after a task is made; `labels` is sorted, `()` for generation and the tag names for
-    token classification. `template` ("Review: {text}\\nSentiment:") and `verbalizer` (label -> words; None: the
-    labels' own) are for tasks that a language model answers in words.
+    Rows are never changed after a task is made; `labels` is sorted, `()` for generation and regression and the tag
+    names for token classification. `template` ("Review: {text}\\nSentiment:") and `verbalizer` (label -> words; None:
+    the labels' own) are for tasks that a language model answers in words.
     """
 
     name: str

@@ -1,10 +1,9 @@
-"""Classification of a text or of a pair of texts: pool, then one linear."""
+"""Classification of a text or of a pair of texts: one label, or several."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,11 @@ from torch import Tensor, nn
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Row, Task
 from deltatune.delta.delta import generator
-from deltatune.heads.base import Batch, Example, TaskHead, linear, tokenise
+from deltatune.heads.base import Batch
+from deltatune.heads.pooled import Pooled, Pooling
 
-Pooling = Literal["mean", "first", "last"]
 
-
-class SequenceClassification(TaskHead):
+class SequenceClassification(Pooled):
     """scores [rows, labels] = W pool(hidden) + b; cross-entropy.
 
     Pooling: the mean over tokens for encoders, the last token for decoders. Parameters: (width + 1) labels.
@@ -28,9 +26,9 @@ class SequenceClassification(TaskHead):
     def __init__(
         self, width: int, labels: Sequence[str], pooling: Pooling, pair: bool, seed: torch.Generator | None = None
     ) -> None:
-        super().__init__()
-        self.width, self.labels, self.pooling, self.pair = width, tuple(labels), pooling, pair
-        self.linear = linear(width, len(labels), seed)
+        super().__init__(width, len(labels), pooling, pair, seed)
+        self.labels = tuple(labels)
+        self.numbers = {label: i for i, label in enumerate(labels)}
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -38,33 +36,10 @@ class SequenceClassification(TaskHead):
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> SequenceClassification:
-        pooling: Pooling = "last" if backbone.kind == "decoder" else "mean"
-        pair = task.kind == "pair_classification"
-        return cls(backbone.width, task.labels, pooling, pair, generator(seed, "head", cls.__name__))
+        return cls(labels=task.labels, seed=generator(seed, "head", cls.__name__), **cls.shape(task, backbone))
 
-    def encode(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
-        texts = [[row["text"] for row in rows], *([[row["text_b"] for row in rows]] if self.pair else [])]
-        number = {label: i for i, label in enumerate(self.labels)}
-        examples = tokenise(backbone, *texts, limit=limit)
-        return [
-            dataclasses.replace(e, target=number.get(row.get("label", ""), -100))
-            for e, row in zip(examples, rows, strict=True)
-        ]
-
-    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Return one vector a row [rows, width], in float32."""
-        mask = batch.inputs["attention_mask"][: len(hidden)]
-        if self.pooling == "first":
-            return hidden[:, 0].float()
-        if self.pooling == "last":
-            last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
-            return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
-        weights = mask[:, :, None].to(hidden)
-        return ((hidden * weights).sum(dim=1).float() / weights.sum(dim=1).float()).float()
-
-    def scores(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
-        pooled: Tensor = self.linear(self.pool(hidden, batch).to(self.linear.weight.dtype))
-        return pooled
+    def target(self, row: Row) -> Any:
+        return self.numbers.get(row.get("label", ""), -100)
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
         target = torch.tensor([e.target for e in batch.examples], device=hidden.device)
@@ -73,3 +48,29 @@ class SequenceClassification(TaskHead):
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
         best = scores.softmax(dim=-1).max(dim=-1)
         return [self.labels[i] for i in best.indices.tolist()], best.values.tolist()
+
+
+class MultiLabel(SequenceClassification):
+    """scores [rows, labels] = W pool(hidden) + b; binary cross-entropy, summed over labels.
+
+    A label is predicted where its probability is above a half; the confidence in a row is the mean over labels of the
+    probability of what was said of each. Parameters: (width + 1) labels.
+    """
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("multi_label",)
+
+    def target(self, row: Row) -> Any:
+        present = row.get("labels", ())
+        return tuple(float(label in present) for label in self.labels)
+
+    def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
+        scores = self.scores(hidden, batch, backbone)
+        target = torch.tensor([e.target for e in batch.examples], device=hidden.device).to(scores)
+        return nn.functional.binary_cross_entropy_with_logits(scores, target, reduction="none").sum(dim=1).mean()
+
+    def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
+        chance = scores.sigmoid()
+        sure = torch.maximum(chance, 1 - chance).mean(dim=1).tolist()
+        return [
+            [label for label, one in zip(self.labels, row, strict=True) if one > 0.5] for row in chance.tolist()
+        ], sure

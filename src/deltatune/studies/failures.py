@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from deltatune.data.answers import within
 from deltatune.data.intervals import Interval, bootstrap_paired
+from deltatune.data.task import NUMBERS
 from deltatune.studies.comparison import leader, ordered
 from deltatune.studies.schema import Example, Result
 
@@ -70,14 +72,32 @@ def predicted_by(result: Result, delta: str) -> list[Example]:
     return [example for example in result["examples"] if delta in example["predictions"]]
 
 
-def right(example: Example, delta: str) -> bool:
-    """Return whether the prediction equals the gold one, spaces apart: label, all tags, or the whole text."""
+def tolerance(result: Result) -> float | None:
+    """Return up to which distance a number is right; None for other kinds."""
+    kind = result["task"]["kind"]
+    return within(kind, [float(e["gold"]) for e in result["examples"]] or [0.0]) if kind in NUMBERS else None
+
+
+def right(example: Example, delta: str, near: float | None = None) -> bool:
+    """Return whether the prediction equals the gold one, spaces apart: label, all tags, or the whole text.
+
+    With `near` both are numbers, and right is what is no farther away.
+    """
+    if near is not None:
+        return _distance(example, delta) <= near
     return example["predictions"][delta].split() == example["gold"].split()
 
 
+def _distance(example: Example, delta: str) -> float:
+    return abs(float(example["predictions"][delta]) - float(example["gold"]))
+
+
 def errors(result: Result, delta: str) -> list[Example]:
-    """Return the rows that `delta` gets wrong, those it was surest of first, then by row."""
-    wrong = [example for example in predicted_by(result, delta) if not right(example, delta)]
+    """Return the rows that `delta` gets wrong: those it was surest of, or numbers farthest off, first, then by row."""
+    near = tolerance(result)
+    wrong = [example for example in predicted_by(result, delta) if not right(example, delta, near)]
+    if near is not None:
+        return sorted(wrong, key=lambda example: (-_distance(example, delta), example["row"]))
     return sorted(wrong, key=lambda example: (-example.get("confidence", {}).get(delta, 0.0), example["row"]))
 
 
@@ -86,10 +106,11 @@ def disagreement(result: Result, first: str, second: str) -> Disagreement | None
     rows = [example for example in predicted_by(result, first) if second in example["predictions"]]
     if not rows:
         return None
-    ours, theirs = [right(row, first) for row in rows], [right(row, second) for row in rows]
+    near = tolerance(result)
+    ours, theirs = [right(row, first, near) for row in rows], [right(row, second, near) for row in rows]
     cells = Counter(zip(ours, theirs, strict=True))
     differ = [row for row in rows if row["predictions"][first].split() != row["predictions"][second].split()]
-    differ.sort(key=lambda row: (right(row, first), not right(row, second), row["row"]))
+    differ.sort(key=lambda row: (right(row, first, near), not right(row, second, near), row["row"]))
     return Disagreement(
         both=cells[True, True],
         only_first=cells[True, False],
@@ -101,11 +122,11 @@ def disagreement(result: Result, first: str, second: str) -> Disagreement | None
 
 
 def confusion(result: Result, delta: str) -> Confusion | None:
-    """Return gold against predicted label (or tag, per word), None for generation and without predictions.
+    """Return gold against predicted label (or tag, per word), None without predictions or one label a row.
 
     With more than 12 labels only 12 that are most confused with each other are kept, in the order of the task.
     """
-    if result["task"]["kind"] == "generation":
+    if result["task"]["kind"] in ("generation", "multi_label", *NUMBERS):
         return None
     cells: Counter[tuple[str, str]] = Counter()
     for example in predicted_by(result, delta):

@@ -114,6 +114,8 @@ class _Page:
         self.first = two[0] if two else ""
         self.second = two[1] if len(two) > 1 else None
         self.kind = result["task"]["kind"]
+        self.near = failures.tolerance(result)
+        self.has_confusion = self.kind in ("classification", "pair_classification", "token_classification")
         self.baselines = {
             baseline["name"]: {
                 split: dict(comparison.baseline_scores(result, split)).get(baseline["name"])
@@ -243,7 +245,7 @@ class _Page:
         return f"{abs(rows)} {'more' if rows > 0 else 'fewer'} row{'s' if abs(rows) > 1 else ''} than"
 
     def right(self, example: Example, delta: str) -> bool:
-        return failures.right(example, delta)
+        return failures.right(example, delta, self.near)
 
     def words(self, example: Example, deltas: Sequence[str]) -> list[failures.Word] | None:
         return failures.words(example, deltas) if self.kind == "token_classification" else None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from deltatune.backbone.load import Backbone
+from deltatune.data.answers import hit, written
 from deltatune.data.intervals import bootstrap_paired, interval
 from deltatune.data.metrics import references
 from deltatune.data.scores import score_interval
@@ -158,19 +159,16 @@ def _run(trained: Trained, backbone: Backbone, baseline: dict[str, float | None]
     }
 
 
-def _said(value: Any) -> str:
-    return " ".join(value) if isinstance(value, list) else str(value)
-
-
 def _gold(gold: Any, predicted: Sequence[Any], task: Task) -> str:
     """The reference; of several accepted answers the one that was given, if any was."""
     if task.kind == "generation":
         return next((str(p) for p in predicted if p in gold), str(gold[0]))
-    return _said(gold)
+    return written(task.kind, gold)
 
 
 def _input(row: Row, task: Task) -> str:
-    return " ‖ ".join(_said(row[field]) for field in INPUTS[task.kind])
+    parts = (row[field] for field in INPUTS[task.kind])
+    return " ‖ ".join(" ".join(part) if isinstance(part, list) else str(part) for part in parts)
 
 
 def _examples(task: Task, trained: Sequence[Trained], labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -188,7 +186,7 @@ def _examples(task: Task, trained: Sequence[Trained], labels: Sequence[str]) -> 
             "row": i,
             "input": _input(row, task),
             "gold": _gold(gold[i], [p.values[i] for p in shown.values() if p], task),
-            "predictions": {label: _said(p.values[i]) for label, p in shown.items() if p},
+            "predictions": {label: written(task.kind, p.values[i]) for label, p in shown.items() if p},
             "confidence": {label: p.confidence[i] for label, p in shown.items() if p},
         }
         for i, row in enumerate(task.test[:EXAMPLES_KEPT])
@@ -199,7 +197,8 @@ def rivals_of(result: dict[str, Any], trained: Sequence[Trained]) -> tuple[list[
     """Return what per-example dev scores do not tell apart from the chosen at 95 %, and the baselines that are better.
 
     Scores of an example are averaged over seeds; metrics that are no mean over examples are compared by exact match of
-    whole rows. By that a candidate may come out ahead of the chosen, which the metric put first: not told apart.
+    whole rows, of numbers by their distance. By that a candidate may come out ahead of the chosen, which the metric put
+    first: not told apart.
     """
     if result["chosen"] is None:
         return [], []
@@ -208,8 +207,9 @@ def rivals_of(result: dict[str, Any], trained: Sequence[Trained]) -> tuple[list[
         runs = [t for t in trained if label_of(t) == label and t.dev is not None]
         if not runs:
             continue
-        gold = references(runs[0].plan.task.kind, runs[0].plan.task.dev)
-        hits = [[_right(p, g) for p, g in zip(t.dev.values, gold, strict=True)] for t in runs if t.dev]
+        kind = runs[0].plan.task.kind
+        gold = references(kind, runs[0].plan.task.dev)
+        hits = [[hit(kind, p, g) for p, g in zip(t.dev.values, gold, strict=True)] for t in runs if t.dev]
         correct[label] = [sum(column) / len(hits) for column in zip(*hits, strict=True)]
     mine = correct.pop(result["chosen"], None)
     if mine is None:
@@ -218,12 +218,6 @@ def rivals_of(result: dict[str, Any], trained: Sequence[Trained]) -> tuple[list[
     ahead = [label for label, gap in gaps.items() if gap.excludes_zero and gap.mean < 0]
     better = [label for label in ahead if label in BASELINES.values()]
     return [label for label, gap in gaps.items() if not gap.excludes_zero or label in {*ahead} - {*better}], better
-
-
-def _right(prediction: Any, gold: Any) -> float:
-    if isinstance(gold, list) and not isinstance(prediction, list):
-        return float(prediction in gold)
-    return float(prediction == gold)
 
 
 def sentence(result: dict[str, Any], trained: Sequence[Trained]) -> str:

@@ -16,12 +16,12 @@ from typing import Any, Literal, NotRequired
 # pydantic cannot check typing.TypedDict before Python 3.12.
 from typing_extensions import TypedDict
 
+from deltatune.data.task import Kind
 from deltatune.errors import UserError
 
 SCHEMA = "deltatune.result/1"
 HEAD_ONLY = "head-only"
 
-Kind = Literal["classification", "pair_classification", "token_classification", "generation"]
 Metrics = dict[str, float | None]
 
 

@@ -185,12 +185,11 @@ def run_plans(
 
 def baselines_of(plans: Sequence[Plan]) -> list[Plan]:
     """Return a head-only plan for each task and seed of `plans` that has none; heads without parameters need none."""
-    kinds = ("classification", "pair_classification", "token_classification")
     have = {(p.task.name, p.seed) for p in plans if p.spec == parse("head")}
     made: dict[tuple[str, int], Plan] = {}
     for plan in plans:
         key = (plan.task.name, plan.seed)
-        if key not in have and plan.task.kind in kinds:
+        if key not in have and plan.task.kind != "generation":
             settings = dataclasses.replace(plan.settings, lr=None)
             made.setdefault(key, Plan(parse("head"), plan.task, plan.seed, settings, "head"))
     return list(made.values())

@@ -1,4 +1,4 @@
-"""The start of a head: logistic regression on the frozen features, so that no delta is trained against a random head.
+"""The start of a head: a regression on the frozen features, so that no delta is trained against a random head.
 
 Source: linear probing before fine-tuning, Kumar et al. 2022, Fine-Tuning can Distort Pretrained Features,
 arXiv:2202.10054. The features of a task are read once, whoever asks for them.
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from deltatune.backbone.load import Backbone
 from deltatune.heads.base import Example, TaskHead, collate
-from deltatune.heads.classification import SequenceClassification
+from deltatune.heads.classification import MultiLabel
+from deltatune.heads.pooled import Pooled
+from deltatune.heads.regression import Regression
 from deltatune.heads.tokens import TokenClassification
 
 # Inverse regularisation. The dev loss chooses, not the dev score: a head that knows its training rows by heart leaves a
@@ -36,14 +38,19 @@ def probe(head: TaskHead, train: Sequence[Example], dev: Sequence[Example], back
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
 
-    if not isinstance(head, SequenceClassification | TokenClassification):
+    if not isinstance(head, Pooled | TokenClassification):
         return None
     x, y = features(head, train, backbone)
     x_dev, y_dev = features(head, dev, backbone)
-    if len(set(y.tolist())) < 2:
-        return None
     centre, spread = x.mean(dim=0), x.std().clamp(min=1e-6)
     scaled, scaled_dev = ((part - centre) / spread for part in (x, x_dev))
+    if isinstance(head, Regression | MultiLabel):
+        fitted = _ridge if isinstance(head, Regression) else _each_label
+        weight, bias = fitted(scaled.double(), y.double(), scaled_dev.double(), y_dev.double())
+        weight = weight / spread.double()
+        return {"linear.weight": weight.float(), "linear.bias": (bias - weight @ centre.double()).float()}
+    if len(set(y.tolist())) < 2:
+        return None
     best: tuple[float, Any] | None = None
     for strength in STRENGTHS:
         with warnings.catch_warnings():
@@ -57,6 +64,35 @@ def probe(head: TaskHead, train: Sequence[Example], dev: Sequence[Example], back
             best = (loss, model)
     assert best is not None
     return _tensors(best[1], centre, spread, len(head.labels))
+
+
+def _ridge(x: Tensor, y: Tensor, x_dev: Tensor, y_dev: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [1, width] and bias [1] of the ridge regression with the least error on dev."""
+    from sklearn.linear_model import Ridge
+
+    models = [Ridge(alpha=1 / strength).fit(x.numpy(), y.numpy()) for strength in STRENGTHS]
+    best = min(models, key=lambda model: float(((model.predict(x_dev.numpy()) - y_dev.numpy()) ** 2).mean()))
+    return torch.tensor(best.coef_)[None], torch.tensor([float(best.intercept_)])
+
+
+def _each_label(x: Tensor, y: Tensor, x_dev: Tensor, y_dev: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [labels, width] and biases [labels] of a logistic regression for each label, least in loss on dev."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    share = ((y.sum(dim=0) + 0.5) / (len(y) + 1)).clamp(max=1 - 1e-6)
+    found: list[tuple[float, Tensor, Tensor]] = []
+    for strength in STRENGTHS:
+        weight, bias = x.new_zeros(y.shape[1], x.shape[1]), torch.log(share / (1 - share))
+        for label in range(y.shape[1]):
+            if 0 < y[:, label].sum() < len(y):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ConvergenceWarning)
+                    model = LogisticRegression(C=strength, max_iter=60).fit(x.numpy(), y[:, label].numpy())
+                weight[label], bias[label] = torch.tensor(model.coef_[0]), float(model.intercept_[0])
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(x_dev @ weight.T + bias, y_dev)
+        found.append((float(loss), weight, bias))
+    return min(found, key=lambda one: one[0])[1:]
 
 
 def _tensors(model: Any, centre: Tensor, spread: Tensor, labels: int) -> Probe:
@@ -73,7 +109,7 @@ def _tensors(model: Any, centre: Tensor, spread: Tensor, labels: int) -> Probe:
 
 
 def features(
-    head: SequenceClassification | TokenClassification, examples: Sequence[Example], backbone: Backbone
+    head: Pooled | TokenClassification, examples: Sequence[Example], backbone: Backbone
 ) -> tuple[Tensor, Tensor]:
     """Return what a head's linear sees on the bare backbone: vectors [items, width] in float32, and targets [items]."""
     found: list[tuple[int, Tensor, Tensor]] = []
@@ -87,7 +123,7 @@ def features(
             chunk = [examples[i] for i in order[start:stop]]
             batch = collate(chunk, backbone)
             hidden = backbone.trunk(**batch.inputs).last_hidden_state
-            if isinstance(head, SequenceClassification):
+            if isinstance(head, Pooled):
                 pooled = head.pool(hidden, batch).cpu()
                 found += [
                     (i, pooled[n : n + 1], torch.tensor([examples[i].target])) for n, i in enumerate(order[start:stop])
@@ -100,5 +136,7 @@ def features(
             start = stop
     found.sort(key=lambda item: item[0])
     x, y = torch.cat([item[1] for item in found]), torch.cat([item[2] for item in found])
+    if y.is_floating_point():
+        return x[:MOST], y[:MOST]
     seen = y >= 0
     return x[seen][:MOST], y[seen][:MOST]
