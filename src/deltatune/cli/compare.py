@@ -129,8 +129,9 @@ def _shown(result: dict[str, Any]) -> Sequence[RenderableType]:
     lines: list[RenderableType] = [
         result["sentence"],
         scores,
-        f"In brackets: 95 % paired bootstrap over rows, {result['resamples']:,} resamples. "
-        f"Right on a row{counts['right']}: both {counts['both_right']:,}, only A {counts['only_a_right']:,}, only B {counts['only_b_right']:,}, neither "
+        f"In brackets: 95 % paired bootstrap over rows, {result['resamples']:,} resamples. Right on a row"
+        f"{counts['right']}: both {counts['both_right']:,}, only A {counts['only_a_right']:,}, only B "
+        f"{counts['only_b_right']:,}, neither "
         f"{counts['both_wrong']:,} (exact McNemar test: p = {counts['p']:.2g}).",
     ]
     if not result["examples"]:
