@@ -12,17 +12,21 @@ from deltatune.cli.output import say
 
 EXAMPLE = """\
 deltatune export best/ --to peft --out best-peft/
-deltatune export best/ --to vllm --out best-vllm/"""
+deltatune export best/ --to vllm --out best-vllm/
+deltatune export best/ --to sentence-transformers --out best-st/"""
 
 
 def export(
     folder: Folder,
-    to: Annotated[Literal["peft", "vllm"], typer.Option("--to", show_default=False, help="Whose format.")],
+    to: Annotated[
+        Literal["peft", "vllm", "sentence-transformers"],
+        typer.Option("--to", show_default=False, help="Whose format."),
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", show_default=False, help="Where to save it.")],
     backbone: OtherBackbone = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a saved delta as a PEFT folder, or as one that vLLM serves.
+    """Write a saved delta as a PEFT folder, one that vLLM serves, or its whole model for sentence-transformers.
 
     What they cannot hold is refused with the reason.
     """
@@ -32,6 +36,15 @@ def export(
 
     delta = read(folder)
     network = load(backbone or delta.backbone_name)
+    if to == "sentence-transformers":
+        from deltatune.heads.sentences import save
+        from deltatune.training.fit import settings_of
+        from deltatune.training.job import room
+
+        save(delta, network, out, min(int(settings_of(delta)["max_length"]), room(delta.spec, network)))
+        use = f'sentence_transformers.SentenceTransformer("{out}")'
+        say({"folder": str(out), "format": to, "use": use, "left_out": None}, as_json, f"{out}: merged, for {to}", use)
+        return
     made = vllm.export_for_vllm(delta, network) if to == "vllm" else peft.export(delta, network)
     peft.write(made, out)
     use = (

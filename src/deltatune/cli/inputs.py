@@ -41,7 +41,7 @@ def inputs_of(words: Sequence[str], kind: Kind, columns: Mapping[str, str]) -> I
 
 
 def _from_texts(texts: Sequence[str], kind: Kind) -> list[Row]:
-    from deltatune.data.task import PAIRS
+    from deltatune.data.task import INPUTS, PAIRS
 
     for number, text in enumerate(texts, 1):
         if not text.strip():
@@ -52,16 +52,22 @@ def _from_texts(texts: Sequence[str], kind: Kind) -> list[Row]:
         return [{"text": a, "text_b": b} for a, b in zip(texts[::2], texts[1::2], strict=True)]
     if kind == "token_classification":
         return [{"tokens": text.split()} for text in texts]
-    return [{"source" if kind == "generation" else "text": text} for text in texts]
+    if kind == "chat":
+        return [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    if kind == "preference":
+        if len(texts) % 3:
+            raise TaskError(f"this delta reads a prompt and two answers: got {len(texts)} texts, expected three a row")
+        return [dict(zip(INPUTS[kind], texts[i : i + 3], strict=True)) for i in range(0, len(texts), 3)]
+    return [{INPUTS[kind][0]: text} for text in texts]
 
 
 def _from_table(table: Table, kind: Kind, columns: Mapping[str, str]) -> Inputs:
     from deltatune.data.columns import OTHER_NAMES
-    from deltatune.data.task import INPUTS
+    from deltatune.data.task import FIELDS, INPUTS, OPTIONAL
 
     fields = INPUTS[kind]
     for field in columns:
-        if field not in fields and field not in ("label", "labels", "value", "tags", "target", "targets"):
+        if not any(field in own for part in (FIELDS, OPTIONAL) for own in part.values()):
             raise TaskError(f"--columns names the field {field!r}; this delta reads {', '.join(fields)}")
     mapping = {}
     for field in fields:
@@ -82,6 +88,16 @@ def _from_table(table: Table, kind: Kind, columns: Mapping[str, str]) -> Inputs:
 def _cell(cell: Any, field: str, where: str, column: str) -> Any:
     import json
 
+    from deltatune.data.rows import messages_of
+
+    if field == "messages":
+        said = messages_of(cell, where)
+        # An answer at the end is the one that is to be written.
+        while said and said[-1]["role"] == "assistant":
+            said.pop()
+        if not said:
+            raise TaskError(f"{where}: no message to answer; expected the user's")
+        return said
     if field == "tokens":
         if isinstance(cell, str):
             try:

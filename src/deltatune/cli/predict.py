@@ -25,6 +25,8 @@ EXAMPLE = (
     'deltatune predict best/ "Arrived broken."\ndeltatune predict best/ new.csv --columns text=review --out answers.csv'
 )
 FORMATS = (".csv", ".jsonl")
+NAMED = {"generation": "prediction", "chat": "prediction", "embedding": "embedding", "preference": "margin"}
+UNSURE = ("prediction", "value", "embedding")
 LONGEST = 100  # characters of an input in the table
 
 
@@ -55,9 +57,9 @@ def predict(
     given = inputs_of(inputs, one.task["kind"], columns_of(columns))
     made = one.predict(given.rows)
     kind = one.task["kind"]
-    answer = {"generation": "prediction"}.get(kind, FIELDS[kind][-1])
+    answer = NAMED.get(kind, FIELDS[kind][-1])
     # Written text and numbers come without a probability.
-    sure = [None if answer in ("prediction", "value") else value for value in made.confidence]
+    sure = [None if answer in UNSURE else value for value in made.confidence]
     predictions = [
         {**row, answer: value, "confidence": certain}
         for row, value, certain in zip(given.rows, made.values, sure, strict=True)
@@ -81,14 +83,14 @@ def predict(
 
 def _table(one: Ready, predictions: Sequence[dict[str, Any]], answer: str) -> Table:
     from deltatune.data.answers import written
+    from deltatune.data.split import as_text
+    from deltatune.data.task import INPUTS
     from deltatune.studies.formatting import cut
 
     kind = one.task["kind"]
     made = table(answer, "confidence", "input", right=("confidence",))
     for row in predictions:
-        words = (
-            [" ".join(row["tokens"])] if "tokens" in row else [row[f] for f in ("text", "text_b", "source") if f in row]
-        )
+        words = [as_text(row[field]) for field in INPUTS[kind]]
         text, value = cut(" · ".join(words), LONGEST), written(kind, row[answer])
         made.add_row(value, "–" if row["confidence"] is None else f"{row['confidence']:.3f}", text)
     return made

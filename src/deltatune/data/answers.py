@@ -12,8 +12,15 @@ from deltatune.data.task import NUMBERS, Kind
 def hit(kind: Kind, prediction: Any, gold: Any) -> float:
     """Return how right a prediction is, by row: 1 or 0, or for numbers minus the distance.
 
-    Right is the label, all tags or labels, or one of the accepted texts (white space apart).
+    Right is the label, all tags or labels, one of the accepted texts (white space apart), the positive that is ranked
+    first, or a reward that prefers the chosen answer. Of a conversation it is the mean log-probability of a token.
     """
+    if kind == "chat":
+        return float(prediction[0] / prediction[1])
+    if kind == "preference":
+        return float(prediction > 0)
+    if kind == "embedding":
+        return float(prediction[:1] == [gold])
     if kind in NUMBERS:
         return -abs(float(prediction) - float(gold))
     if kind == "generation":
@@ -28,7 +35,12 @@ def within(kind: Kind, golds: Sequence[float]) -> float | None:
 
 
 def written(kind: Kind, answer: Any) -> str:
-    """Return a label, tags, labels, a number or the accepted texts as one text."""
+    """Return a label, tags, labels, a number, the accepted texts, a preference or what is nearest as one text."""
+    if kind == "preference" and not isinstance(answer, str):
+        return "chosen" if answer > 0 else "rejected" if answer < 0 else "neither"
+    if kind == "embedding" and isinstance(answer, list):
+        numbers = answer and not isinstance(answer[0], str)
+        return f"{len(answer)} numbers: " + ", ".join(f"{x:.3f}" for x in answer[:4]) if numbers else answer[0]
     if kind in NUMBERS:
         return f"{answer:.4g}"
     if kind == "multi_label":

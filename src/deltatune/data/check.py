@@ -69,6 +69,16 @@ def check_label_sets(name: str, placed: list[Placed]) -> None:
         raise TaskError(f"{name}: expected two different labels or more over all rows, got {had}; name another column")
 
 
+def check_answered(placed: list[Placed]) -> None:
+    """Raise TaskError for a conversation that does not end with an answer; says which row."""
+    for where, row in placed:
+        role = row["messages"][-1]["role"]
+        if role != "assistant":
+            raise TaskError(
+                f"{where}: the last message is of the role {role!r}; expected the assistant's, which is what is learnt"
+            )
+
+
 def known_only(splits: Mapping[str, list[Placed]]) -> tuple[dict[str, list[Placed]], int]:
     """Return the splits without the rows whose label train lacks, and how many those were."""
     known = {label for _, row in splits["train"] for label in labels_of(row)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from deltatune.data.formats import Table
-from deltatune.data.task import FIELDS, NUMBERS, PAIRS, Kind
+from deltatune.data.task import FIELDS, NUMBERS, OPTIONAL, PAIRS, Kind
 from deltatune.errors import TaskError, UnknownName, nearest
 
 OTHER_NAMES = {"source": "table", "targets": "refs"}
@@ -27,6 +27,12 @@ LIKELY: Mapping[str, str] = {
     "tags": "tags ner_tags labels slots bio pos_tags ner",
     "source": "source input article document question prompt src instruction code",
     "target": "target output summary answer response completion translation tgt headline reply",
+    "anchor": "anchor query question sentence1 premise",
+    "positive": "positive answer document passage sentence2 entailment",
+    "prompt": "prompt question instruction input",
+    "chosen": "chosen preferred better",
+    "rejected": "rejected dispreferred worse",
+    "messages": "messages conversation conversations dialogue chat",
 }
 PROPOSED: tuple[Kind, ...] = ("classification", "pair_classification", "token_classification", "generation")
 LONGEST_LABEL = 5  # words in a cell on average, above which a column is no label
@@ -68,7 +74,7 @@ def resolve(table: Table, columns: Mapping[str, str] | None, kind: Kind | None) 
 
 
 def _allowed(kind: Kind) -> set[str]:
-    return {*FIELDS[kind], "targets"} if kind == "generation" else {*FIELDS[kind]}
+    return {*FIELDS[kind], *OPTIONAL.get(kind, ())}
 
 
 def _given(table: Table, columns: Mapping[str, str]) -> dict[str, str]:
@@ -116,7 +122,9 @@ def propose(table: Table, kind: Kind | None, given: Mapping[str, str]) -> dict[s
     measured = (_measure(name, table) for name in table.columns if name not in given.values())
     free = [column for column in measured if column is not None]
     # Numbers and sets of labels are proposed to those who ask for them: a column of stars is a label otherwise.
-    asked = {"value": NUMBERS, "labels": ("multi_label",)}
+    asked: dict[str, tuple[Kind, ...]] = {"value": NUMBERS, "labels": ("multi_label",), "messages": ("chat",)}
+    asked |= dict.fromkeys(("anchor", "positive"), ("embedding",))
+    asked |= dict.fromkeys(("prompt", "chosen", "rejected"), ("preference",))
     named: tuple[Kind, ...] = next((kinds for field, kinds in asked.items() if field in given), PROPOSED)
     kinds: tuple[Kind, ...] = (kind,) if kind else named
     good = [one for k in kinds if given.keys() <= _allowed(k) and (one := _guess(k, free, given))[1]]
@@ -173,7 +181,7 @@ def _likeness(field: str, column: _Column) -> float:
 
 def _content(field: str, column: _Column, columns: list[_Column]) -> float:
     longest = max((other.words for other in columns), default=0.0)
-    if field in ("tokens", "tags"):
+    if field in ("tokens", "tags", "messages"):
         return 1.0 if column.listed else 0.0
     if field == "labels":
         return 1.0 if column.listed else 0.5 - column.distinct
@@ -202,4 +210,4 @@ def _pair(names: list[str]) -> tuple[str, str] | None:
     return None
 
 
-FIELDS_ALL = tuple(dict.fromkeys([*(field for fields in FIELDS.values() for field in fields), "targets"]))
+FIELDS_ALL = tuple(dict.fromkeys(field for part in (FIELDS, OPTIONAL) for own in part.values() for field in own))

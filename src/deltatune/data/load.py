@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from deltatune.data import formats
 from deltatune.data.check import (
+    check_answered,
     check_classes,
     check_label_sets,
     check_seen,
@@ -25,7 +26,7 @@ from deltatune.data.metrics import check_metric, default_metric
 from deltatune.data.rows import Placed, canonical
 from deltatune.data.split import cut, distinct, input_key
 from deltatune.data.tags import is_bio, repaired
-from deltatune.data.task import Kind, Task
+from deltatune.data.task import FIELDS, Kind, Task
 from deltatune.errors import TaskError
 
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
@@ -95,6 +96,9 @@ def _assembled(source: str | Path, columns: Mapping[str, str] | None, kind: Kind
     for field, check in (("label", check_classes), ("labels", check_label_sets), ("value", check_values)):
         if field in mapping:
             check(origin, placed["train"])
+    if found == "chat":
+        for rows in placed.values():
+            check_answered(rows)
     placed, cut_notes = _whole(origin, found, placed, seed)
     notes += cut_notes
     check_sizes(origin, placed)
@@ -168,7 +172,7 @@ def _absent(path: Path) -> str:
 def _same_columns(table: Table, kind: Kind, mapping: Mapping[str, str]) -> dict[str, str]:
     """Return `mapping` for another split's table, whose optional columns may be absent; it has to have the others."""
     for field, column in mapping.items():
-        if column not in table.columns and field != "targets":
+        if column not in table.columns and field in FIELDS[kind]:
             proposed = propose(table, kind, {f: c for f, c in mapping.items() if c in table.columns})
             fix = f"; as {as_option(proposed)} would read it" if proposed else ""
             raise TaskError(

@@ -11,10 +11,15 @@ Stated rules:
 - Text metrics take the best of a row's accepted answers (`exact_match`, `token_f1`, `rouge_l`), or all of them
   together as sacrebleu does (`bleu`, `chrf`). White space is collapsed; `exact_match` heeds letter case, the others
   and punctuation as their sources do.
+- `accuracy_at_1` and `mrr_at_10` rank the different positives of the split for each anchor; below rank 10 counts 0.
+- `preference_accuracy` is the share of rows whose chosen answer has the larger reward; equal rewards count as a half.
+- `inverse_perplexity` is exp of the mean log-probability of the answers' tokens, over all rows together: the
+  geometric mean of their probabilities, so that here, too, more is better.
 """
 
 from __future__ import annotations
 
+import math
 import unicodedata
 import warnings
 from collections import Counter
@@ -30,10 +35,9 @@ TAG_METRICS = ("entity_f1", "token_accuracy")
 SET_METRICS = ("micro_f1", "macro_f1", "subset_accuracy")
 NUMBER_METRICS = ("pearson", "spearman", "r2")
 TEXT_METRICS = ("exact_match", "token_f1", "rouge_l", "bleu", "chrf")
-METRICS = tuple(dict.fromkeys((*CLASS_METRICS, *TAG_METRICS, *SET_METRICS, *NUMBER_METRICS, *TEXT_METRICS)))
-"""Every metric but the `f1_<label>` form, which is F1 of one label."""
+RANKED = 10  # how many of a ranking are kept and count
 
-ALSO_CALLED = {"mcc": "matthews", "rouge": "rouge_l"}
+ALSO_CALLED = {"mcc": "matthews", "rouge": "rouge_l", "mrr": "mrr_at_10"}
 OF_KIND: Mapping[Kind, tuple[str, ...]] = {
     "classification": CLASS_METRICS,
     "pair_classification": CLASS_METRICS,
@@ -42,8 +46,12 @@ OF_KIND: Mapping[Kind, tuple[str, ...]] = {
     "multi_label": SET_METRICS,
     "regression": NUMBER_METRICS,
     "pair_regression": NUMBER_METRICS,
+    "embedding": ("mrr_at_10", "accuracy_at_1"),
+    "preference": ("preference_accuracy",),
+    "chat": ("inverse_perplexity",),
 }
-
+METRICS = tuple(dict.fromkeys(metric for own in OF_KIND.values() for metric in own))
+"""Every metric but the `f1_<label>` form, which is F1 of one label."""
 
 LABELLED: tuple[Kind, ...] = ("classification", "pair_classification")
 
@@ -86,10 +94,17 @@ def score(metric: str, predictions: Sequence[Any], references: Sequence[Any], la
 
 
 def references(kind: Kind, rows: Sequence[Row]) -> list[Any]:
-    """Return what `score` compares with: each row's label, tags, or list of accepted answers."""
+    """Return what `score` compares with: each row's label, tags, positive, or list of accepted answers."""
     if kind == "generation":
         return [row.get("targets") or [row["target"]] for row in rows]
-    field = {"token_classification": "tags", "multi_label": "labels", "regression": "value", "pair_regression": "value"}
+    if kind == "preference":
+        return ["chosen"] * len(rows)
+    if kind == "chat":
+        return [row["messages"][-1]["content"] for row in rows]
+    field = {
+        "token_classification": "tags", "multi_label": "labels", "regression": "value", "pair_regression": "value",
+        "embedding": "positive",
+    }  # fmt: skip
     return [row[field.get(kind, "label")] for row in rows]
 
 
@@ -99,8 +114,11 @@ def majority(task: Task) -> Any:
     Of numbers it is the mean; of sets of labels those that at least half of the rows have, or the most frequent one.
 
     No other constant scores higher in any class metric or in `exact_match` on train, but for `f1_<label>`, where it is
-    that label. Tags repeat it for each token.
+    that label. Tags repeat it for each token. Of preferences it is no preference, of conversations that nothing said
+    was thought possible.
     """
+    if task.kind in ("preference", "chat"):
+        return 0.0 if task.kind == "preference" else [-math.inf, 1]
     if task.metric.startswith("f1_"):
         return task.metric.removeprefix("f1_")
     answers = references(task.kind, task.train)
@@ -110,6 +128,9 @@ def majority(task: Task) -> Any:
         often = Counter(label for labels in answers for label in labels)
         most = min(often, key=lambda one: (-often[one], one))
         return sorted(label for label in often if often[label] >= len(answers) / 2) or [most]
+    if task.kind == "embedding":
+        often = Counter(answers)
+        return sorted(often, key=lambda one: (-often[one], one))[:RANKED]
     counts = Counter(answers if task.kind in LABELLED else [one for several in answers for one in several])
     return min(counts, key=lambda one: (-counts[one], one))
 
@@ -222,6 +243,29 @@ def _same_lengths(predictions: Sequence[Sequence[str]], references: Sequence[Seq
             raise ValueError(f"row {number}: {len(p)} predicted tags for {len(r)} tokens")
 
 
+def _rank(predictions: Sequence[Sequence[str]], references: Sequence[str]) -> list[float]:
+    """Return one over the place at which each reference stands in its ranking, 0 where it does not."""
+    rows = zip(predictions, references, strict=True)
+    return [1 / (list(p[:RANKED]).index(r) + 1) if r in p[:RANKED] else 0.0 for p, r in rows]
+
+
+def _reciprocal_rank(predictions: Sequence[Sequence[str]], references: Sequence[str]) -> float:
+    return sum(_rank(predictions, references)) / len(references)
+
+
+def _first(predictions: Sequence[Sequence[str]], references: Sequence[str]) -> float:
+    return _accuracy([p[0] if p else None for p in predictions], references)
+
+
+def _preferred(predictions: Sequence[float], references: Sequence[Any]) -> float:
+    return sum((margin > 0) + 0.5 * (margin == 0) for margin in predictions) / len(references)
+
+
+def _inverse_perplexity(predictions: Sequence[Sequence[float]], references: Sequence[Any]) -> float:
+    tokens = sum(row[1] for row in predictions)
+    return math.exp(sum(row[0] for row in predictions) / tokens) if tokens else 0.0
+
+
 def _answers(reference: str | Sequence[str]) -> list[str]:
     return [reference] if isinstance(reference, str) else list(reference)
 
@@ -290,4 +334,8 @@ SCORES: Mapping[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "rouge_l": _best(_rouge_l),
     "bleu": _sacrebleu("bleu"),
     "chrf": _sacrebleu("chrf"),
+    "mrr_at_10": _reciprocal_rank,
+    "accuracy_at_1": _first,
+    "preference_accuracy": _preferred,
+    "inverse_perplexity": _inverse_perplexity,
 }

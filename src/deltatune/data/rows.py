@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltatune.data.formats import Table
-from deltatune.data.task import FIELDS, Kind, Row
-from deltatune.errors import TaskError
+from deltatune.data.task import FIELDS, OPTIONAL, Kind, Row
+from deltatune.errors import TaskError, nearest
 
+ROLES = ("system", "user", "assistant", "tool")
 Placed = tuple[str, Row]
 """A row and where it stands ("reviews.csv: line 7"), for messages."""
 
@@ -21,7 +22,7 @@ def canonical(table: Table, kind: Kind, columns: Mapping[str, str]) -> list[Plac
 
     Raises TaskError, the row named, for a field that is missing, empty or of another type.
     """
-    optional = {"targets"} & columns.keys()
+    optional = {*OPTIONAL.get(kind, ())} & columns.keys()
     placed = []
     for place, cells in zip(table.places, table.rows, strict=True):
         where = f"{table.name}: {place}"
@@ -46,6 +47,8 @@ def _value(field: str, cell: Any, where: str, column: str) -> Any:
         return _number(cell, where, column)
     if field in ("tokens", "tags", "targets"):
         return _texts(cell, field, where)
+    if field == "messages":
+        return messages_of(cell, where)
     if isinstance(cell, list) and column == "table":
         return _checked(_linearised(cell, where), where, field)
     if isinstance(cell, list | dict):
@@ -89,6 +92,35 @@ def _texts(cell: Any, field: str, where: str) -> list[str]:
     if not isinstance(cell, list) or not cell or any(_missing(one) or isinstance(one, list | dict) for one in cell):
         raise TaskError(f"{where}: {field} has to be a list of texts, none of them empty")
     return [_checked(str(one), where, field) for one in cell]
+
+
+def messages_of(cell: Any, where: str) -> list[dict[str, str]]:
+    """Return the messages of a conversation as role and content; in a csv cell they are a JSON list.
+
+    Raises TaskError, the row named, for anything else.
+    """
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except json.JSONDecodeError:
+            cell = None
+    if (
+        not isinstance(cell, list)
+        or not cell
+        or not all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in cell)
+    ):
+        raise TaskError(f'{where}: messages has to be a list like [{{"role": "user", "content": "Hello"}}, ...]')
+    made = []
+    for number, one in enumerate(cell, 1):
+        if one["role"] not in ROLES:
+            raise TaskError(
+                f"{where}: message {number} has role {one['role']!r}{nearest(str(one['role']), ROLES)}; expected "
+                f"{', '.join(ROLES)}"
+            )
+        if not isinstance(one["content"], str):
+            raise TaskError(f"{where}: message {number} has content that is no text; expected a text")
+        made.append({"role": one["role"], "content": _checked(one["content"], where, "messages")})
+    return made
 
 
 def _linearised(table: list[Any], where: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
+from typing import Any
 
 from deltatune.data.rows import Placed
 from deltatune.data.task import INPUTS, Kind, Row
@@ -15,8 +16,16 @@ LEAST = 3
 
 def input_key(kind: Kind, row: Row) -> tuple[str, ...]:
     """Return what makes two inputs identical: their texts, whatever the white space between words."""
-    parts = (row[field] for field in INPUTS[kind])
-    return tuple(" ".join(" ".join(part).split() if isinstance(part, list) else part.split()) for part in parts)
+    return tuple(" ".join(as_text(row[field]).split()) for field in INPUTS[kind])
+
+
+def as_text(part: Any) -> str:
+    """Return an input as one text: words with spaces between, messages one a line with their roles before."""
+    if not isinstance(part, list):
+        return str(part)
+    if part and isinstance(part[0], dict):
+        return "\n".join(f"{one['role']}: {one['content']}" for one in part)
+    return " ".join(part)
 
 
 def distinct(kind: Kind, placed: list[Placed]) -> tuple[list[Placed], int]:

@@ -15,7 +15,7 @@ from deltatune.errors import TaskError
 
 Kind = Literal[
     "classification", "pair_classification", "token_classification", "generation", "multi_label", "regression",
-    "pair_regression",
+    "pair_regression", "embedding", "preference", "chat",
 ]  # fmt: skip
 Row = dict[str, Any]
 SPLITS = ("train", "dev", "test")
@@ -28,8 +28,14 @@ FIELDS: Mapping[Kind, tuple[str, ...]] = {
     "multi_label": ("text", "labels"),
     "regression": ("text", "value"),
     "pair_regression": ("text", "text_b", "value"),
+    "embedding": ("anchor", "positive"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "chat": ("messages",),
 }
-"""The canonical fields of a row by kind; `generation` may also have `targets`, every accepted answer."""
+"""The canonical fields of a row by kind."""
+
+OPTIONAL: Mapping[Kind, tuple[str, ...]] = {"generation": ("targets",), "embedding": ("negative",)}
+"""Fields that a row may have beside: every accepted answer; a text that the anchor does not mean."""
 
 PAIRS: tuple[Kind, ...] = ("pair_classification", "pair_regression")
 NUMBERS: tuple[Kind, ...] = ("regression", "pair_regression")
@@ -42,6 +48,9 @@ INPUTS: Mapping[Kind, tuple[str, ...]] = {
     "multi_label": ("text",),
     "regression": ("text",),
     "pair_regression": ("text", "text_b"),
+    "embedding": ("anchor",),
+    "preference": ("prompt", "chosen", "rejected"),
+    "chat": ("messages",),
 }
 """The fields of a row that a model may see."""
 

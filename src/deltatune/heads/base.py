@@ -23,21 +23,47 @@ from deltatune.errors import TaskError
 class Example:
     """One row as the backbone reads it: token ids, token types (pairs), and what the head learns from it.
 
-    `target` is a class number, or one number per token position (-100: not counted), by the head.
+    `target` is a class number, or one number per token position (-100: not counted), by the head. A row of several
+    texts has the others beside the first.
     """
 
     ids: tuple[int, ...]
     types: tuple[int, ...] | None
     target: Any
     words: tuple[int, ...] = ()
+    others: tuple[Example, ...] = ()
+
+    @property
+    def texts(self) -> tuple[Example, ...]:
+        """The texts of the row, the first and the others, in the order in which they stand in a batch."""
+        return (self, *self.others)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest text."""
+        return max(len(text.ids) for text in self.texts)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all texts."""
+        return sum(len(text.ids) for text in self.texts)
 
 
 @dataclass
 class Batch:
-    """Padded examples: `inputs` for the backbone (ids, mask, types: [rows, tokens]) and the examples themselves."""
+    """Padded examples: `inputs` for the backbone (ids, mask, types: [texts, tokens]) and the examples themselves.
+
+    `reference` [texts, tokens, width] is what the bare backbone gives, for heads that compare with it.
+    """
 
     inputs: dict[str, Tensor]
     examples: Sequence[Example]
+    reference: Tensor | None = None
+
+    @property
+    def texts(self) -> list[Example]:
+        """The texts of all examples, one for each row of the inputs."""
+        return [text for example in self.examples for text in example.texts]
 
     @property
     def length(self) -> int:
@@ -46,9 +72,13 @@ class Batch:
 
 
 class TaskHead(SavedHead):
-    """Base of the heads that a task is fitted with."""
+    """Base of the heads that a task is fitted with.
+
+    A head that `compares` gets in each batch what the bare backbone gives for it.
+    """
 
     kinds: ClassVar[tuple[Kind, ...]]
+    compares: ClassVar[bool] = False
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> TaskHead:
@@ -60,7 +90,7 @@ class TaskHead(SavedHead):
         raise NotImplementedError
 
     def scores(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
-        """Return the scores of a batch from hidden states [rows, tokens, width]."""
+        """Return the scores of a batch from hidden states [texts, tokens, width]."""
         raise NotImplementedError
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
@@ -70,6 +100,10 @@ class TaskHead(SavedHead):
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
         """Return one prediction per row as plain Python, and the confidence in it (0 to 1)."""
         raise NotImplementedError
+
+    def conclude(self, values: list[Any], rows: Sequence[Row]) -> list[Any]:
+        """Return the predictions of all rows, for a head whose predictions depend on the other rows."""
+        return values
 
 
 def tokenise(backbone: Backbone, *texts: Sequence[str], limit: int, special: bool = True) -> list[Example]:
@@ -90,18 +124,18 @@ def processor_of(backbone: Backbone) -> Any:
 
 
 def collate(examples: Sequence[Example], backbone: Backbone, length: int | None = None) -> Batch:
-    """Pad examples on the right to `length`, or to the longest of them."""
-    longest = max(len(e.ids) for e in examples)
-    length = longest if length is None else length
+    """Pad the texts of examples on the right to `length`, or to the longest of them."""
+    texts = [text for example in examples for text in example.texts]
+    length = max(len(text.ids) for text in texts) if length is None else length
     pad = getattr(backbone.processor, "pad_token_id", None) or 0
-    ids = torch.full((len(examples), length), pad, dtype=torch.long)
-    mask = torch.zeros(len(examples), length, dtype=torch.long)
-    types = torch.zeros(len(examples), length, dtype=torch.long) if examples[0].types is not None else None
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        mask[row, : len(example.ids)] = 1
-        if types is not None and example.types is not None:
-            types[row, : len(example.types)] = torch.tensor(example.types)
+    ids = torch.full((len(texts), length), pad, dtype=torch.long)
+    mask = torch.zeros(len(texts), length, dtype=torch.long)
+    types = torch.zeros(len(texts), length, dtype=torch.long) if texts[0].types is not None else None
+    for row, text in enumerate(texts):
+        ids[row, : len(text.ids)] = torch.tensor(text.ids)
+        mask[row, : len(text.ids)] = 1
+        if types is not None and text.types is not None:
+            types[row, : len(text.types)] = torch.tensor(text.types)
     inputs = {"input_ids": ids, "attention_mask": mask, **({"token_type_ids": types} if types is not None else {})}
     return Batch({name: value.to(backbone.device) for name, value in inputs.items()}, examples)
 

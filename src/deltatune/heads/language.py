@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone
-from deltatune.data.task import Kind, Row, Task
+from deltatune.data.task import INPUTS, Kind, Row, Task
 from deltatune.errors import TaskError
 from deltatune.heads.base import Batch, Example, TaskHead, processor_of, tokenise
 
@@ -19,18 +19,21 @@ DEFAULT_TEMPLATES: Mapping[Kind, str] = {
     "classification": "{text}\nLabel:",
     "pair_classification": "{text}\n{text_b}\nLabel:",
     "generation": "{source}\n",
+    "preference": "{prompt}",
 }
 CHUNK = 1024  # positions scored at a time: logits over a large vocabulary are the peak of memory
 
 
-def _wanted(backbone: Backbone, kind: str) -> None:
+def wanted(backbone: Backbone, kind: str) -> None:
+    """Raise TaskError for a backbone that is no language model."""
     if backbone.kind != "decoder" or backbone.output is None:
         raise TaskError(f"a {kind} task needs a language model such as smollm2; {backbone.name} writes no text")
 
 
-def _template(task: Task) -> str:
+def template_of(task: Task) -> str:
+    """Return the template of a task. TaskError for one that names what is no input of its rows."""
     template = task.template or DEFAULT_TEMPLATES[task.kind]
-    have = set(task.train[0]) - {"label", "target", "targets"}
+    have = set(INPUTS[task.kind])
     try:
         fields = {name for _, name, _, _ in string.Formatter().parse(template) if name}
         if fields <= have:
@@ -57,9 +60,9 @@ class Generation(TaskHead):
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> Generation:
-        _wanted(backbone, "generation")
+        wanted(backbone, "generation")
         ends = tokenise(backbone, [row["target"] for row in task.train[:500]], limit=10_000, special=False)
-        return cls(_template(task), min(max(len(e.ids) for e in ends) + 4, 128))
+        return cls(template_of(task), min(max(len(e.ids) for e in ends) + 4, 128))
 
     def room(self, limit: int) -> tuple[int, int]:
         """Return how many tokens a prompt and an answer may have: an answer gets half of the limit at most."""
@@ -84,17 +87,37 @@ class Generation(TaskHead):
         return examples
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
-        where = [(row, at) for row, e in enumerate(batch.examples) for at, t in enumerate(e.target) if t != -100]
-        rows, columns = (torch.tensor(index, device=hidden.device) for index in zip(*where, strict=True))
-        target = torch.tensor([batch.examples[row].target[at] for row, at in where], device=hidden.device)
-        states = hidden[rows, columns]
-        output = backbone.output
-        assert output is not None
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(states), CHUNK):
-            logits = output(states[start : start + CHUNK]).float()
-            total = total + nn.functional.cross_entropy(logits, target[start : start + CHUNK], reduction="sum")
-        return total / len(states)
+        return mean_loss(hidden, batch.texts, backbone)
+
+
+def learnt(text: Example) -> int:
+    """Number of tokens of a text that are learnt."""
+    return sum(token != -100 for token in text.target)
+
+
+def log_probabilities(hidden: Tensor, texts: Sequence[Example], backbone: Backbone) -> Tensor:
+    """Return the log-probability of each text's target tokens, summed [texts], in float32.
+
+    `hidden` are the states [texts, tokens, width] that the language model's head reads.
+    """
+    where = [(row, at) for row, text in enumerate(texts) for at, token in enumerate(text.target) if token != -100]
+    if not where:
+        return hidden.float().sum(dim=(1, 2)) * 0.0
+    rows, columns = (torch.tensor(index, device=hidden.device) for index in zip(*where, strict=True))
+    target = torch.tensor([texts[row].target[at] for row, at in where], device=hidden.device)
+    states = hidden[rows, columns]
+    output = backbone.output
+    assert output is not None
+    parts = [
+        nn.functional.cross_entropy(output(part).float(), wanted, reduction="none")
+        for part, wanted in zip(states.split(CHUNK), target.split(CHUNK), strict=True)
+    ]
+    return -hidden.new_zeros(len(texts), dtype=torch.float32).index_add(0, rows, torch.cat(parts))
+
+
+def mean_loss(hidden: Tensor, texts: Sequence[Example], backbone: Backbone) -> Tensor:
+    """Return the mean log-loss over the target tokens of all texts, 0 where there are none."""
+    return -log_probabilities(hidden, texts, backbone).sum() / max(1, sum(map(learnt, texts)))
 
 
 class Verbalized(TaskHead):
@@ -116,9 +139,9 @@ class Verbalized(TaskHead):
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> Verbalized:
-        _wanted(backbone, "verbalised")
+        wanted(backbone, "verbalised")
         words = {label: (task.verbalizer or {}).get(label, f" {label}") for label in task.labels}
-        head = cls(_template(task), words)
+        head = cls(template_of(task), words)
         head.word_ids(backbone)
         return head
 

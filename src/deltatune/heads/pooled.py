@@ -52,9 +52,14 @@ class Pooled(TaskHead):
         if self.pooling == "last":
             last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
             return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
-        weights = mask[:, :, None].to(hidden)
-        return ((hidden * weights).sum(dim=1).float() / weights.sum(dim=1).float()).float()
+        return mean_of(hidden, mask)
 
     def scores(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
         pooled: Tensor = self.linear(self.pool(hidden, batch).to(self.linear.weight.dtype))
         return pooled
+
+
+def mean_of(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over a row's own tokens [rows, width], in float32, of hidden states [rows, tokens, width]."""
+    weights = mask[:, :, None].to(hidden)
+    return ((hidden * weights).sum(dim=1).float() / weights.sum(dim=1).float()).float()

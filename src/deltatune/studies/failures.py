@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from deltatune.data.answers import within
 from deltatune.data.intervals import Interval, bootstrap_paired
+from deltatune.data.metrics import LABELLED
 from deltatune.data.task import NUMBERS
 from deltatune.studies.comparison import leader, ordered
 from deltatune.studies.schema import Example, Result
@@ -126,7 +127,7 @@ def confusion(result: Result, delta: str) -> Confusion | None:
 
     With more than 12 labels only 12 that are most confused with each other are kept, in the order of the task.
     """
-    if result["task"]["kind"] in ("generation", "multi_label", *NUMBERS):
+    if result["task"]["kind"] not in (*LABELLED, "token_classification"):
         return None
     cells: Counter[tuple[str, str]] = Counter()
     for example in predicted_by(result, delta):

@@ -14,6 +14,7 @@ from deltatune.data.answers import hit, written
 from deltatune.data.intervals import bootstrap_paired, interval
 from deltatune.data.metrics import references
 from deltatune.data.scores import score_interval
+from deltatune.data.split import as_text
 from deltatune.data.task import INPUTS, Row, Task
 from deltatune.studies.schema import HEAD_ONLY, SCHEMA, check_result
 from deltatune.training.fit import Trained, majority_scores, versions
@@ -167,8 +168,7 @@ def _gold(gold: Any, predicted: Sequence[Any], task: Task) -> str:
 
 
 def _input(row: Row, task: Task) -> str:
-    parts = (row[field] for field in INPUTS[task.kind])
-    return " ‖ ".join(" ".join(part) if isinstance(part, list) else str(part) for part in parts)
+    return " ‖ ".join(as_text(row[field]) for field in INPUTS[task.kind])
 
 
 def _examples(task: Task, trained: Sequence[Trained], labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -178,7 +178,7 @@ def _examples(task: Task, trained: Sequence[Trained], labels: Sequence[str]) -> 
         found = next((t for t in trained if label_of(t) == label and t.test is not None), None)
         if found:
             shown[label] = found.test
-    if not shown:
+    if not shown or task.kind == "chat":  # how likely an answer is, is neither right nor wrong
         return []
     gold = references(task.kind, task.test)
     return [

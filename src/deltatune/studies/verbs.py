@@ -32,6 +32,7 @@ from deltatune.training.settings import Settings
 from deltatune.training.tune import tune as run_tune
 
 Announce = Callable[[Estimate], None]
+NO_BASELINE = ("generation", "preference")  # the bare backbone writes slowly, and prefers nothing to itself
 
 
 @dataclass
@@ -184,12 +185,12 @@ def run_plans(
 
 
 def baselines_of(plans: Sequence[Plan]) -> list[Plan]:
-    """Return a head-only plan for each task and seed of `plans` that has none; heads without parameters need none."""
+    """Return a head-only plan for each task and seed of `plans` that has none, where one says something."""
     have = {(p.task.name, p.seed) for p in plans if p.spec == parse("head")}
     made: dict[tuple[str, int], Plan] = {}
     for plan in plans:
         key = (plan.task.name, plan.seed)
-        if key not in have and plan.task.kind != "generation":
+        if key not in have and plan.task.kind not in NO_BASELINE:
             settings = dataclasses.replace(plan.settings, lr=None)
             made.setdefault(key, Plan(parse("head"), plan.task, plan.seed, settings, "head"))
     return list(made.values())

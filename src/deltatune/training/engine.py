@@ -98,9 +98,9 @@ class Engine:
         for job in sorted(jobs, key=place):
             batch, apart = batches[job.name], _separate(job.delta)
             added = max(prompt, prompt_tokens(job.plan.spec))
-            rows += len(batch.examples)
+            rows += len(batch.texts)
             # Of all so far this batch is the longest, or its own tokens count.
-            size = size + sum(len(e.ids) for e in batch.examples) if self._packed(apart) else rows * batch.length
+            size = size + sum(e.tokens for e in batch.examples) if self._packed(apart) else rows * batch.length
             if (
                 not groups
                 or _separate(groups[-1][0].delta) != apart
@@ -108,8 +108,8 @@ class Engine:
                 or batch.length + added > most
             ):
                 groups.append([])
-                rows, added = len(batch.examples), prompt_tokens(job.plan.spec)
-                size = sum(len(e.ids) for e in batch.examples) if self._packed(apart) else rows * batch.length
+                rows, added = len(batch.texts), prompt_tokens(job.plan.spec)
+                size = sum(e.tokens for e in batch.examples) if self._packed(apart) else rows * batch.length
             groups[-1].append(job)
             prompt = added
         return [sorted(group, key=lambda job: self.rank[job.name]) for group in groups]
@@ -131,20 +131,34 @@ class Engine:
 
     def losses(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> list[Tensor]:
         """Return the loss of each job on its own batch, from one run of the backbone."""
+        self._refer(jobs, batches)
+        parts = self._hidden(batches, self.call(jobs, batches))
+        return [
+            job.head.loss(part, batch, self.backbone) for job, batch, part in zip(jobs, batches, parts, strict=True)
+        ]
+
+    def _hidden(self, batches: Sequence[Batch], call: Call) -> list[Tensor]:
+        """Run batches as one, and return the hidden states of each [texts, tokens, width]."""
         length = max(batch.length for batch in batches)
         together = collate([e for batch in batches for e in batch.examples], self.backbone, length)
-        hidden = self.adapted.encode(together.inputs, call=self.call(jobs, batches))
-        parts = hidden.split([len(batch.examples) for batch in batches])
+        hidden = self.adapted.encode(together.inputs, call=call)
+        parts = hidden.split([len(batch.texts) for batch in batches])
         # At the batch's own padded length, as when it is alone.
-        return [
-            job.head.loss(part[:, : batch.length], batch, self.backbone)
-            for job, batch, part in zip(jobs, batches, parts, strict=True)
-        ]
+        return [part[:, : batch.length] for part, batch in zip(parts, batches, strict=True)]
+
+    def _refer(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> None:
+        """Give the batches of the heads that compare what they compare with: the backbone alone on the same texts."""
+        asking = [batch for job, batch in zip(jobs, batches, strict=True) if job.head.compares]
+        if asking:
+            call = self.adapted.routed((Segment(None, sum(len(batch.texts) for batch in asking)),))
+            with torch.no_grad():
+                for batch, hidden in zip(asking, self._hidden(asking, call), strict=True):
+                    batch.reference = hidden
 
     def call(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> Call:
         """Make the call of a physical batch, with the keys of each job's dropout."""
         segments = tuple(
-            Segment(job.name if len(job.delta.layers) else None, len(batch.examples))
+            Segment(job.name if len(job.delta.layers) else None, len(batch.texts))
             for job, batch in zip(jobs, batches, strict=True)
         )
         draws = tuple(Draw(job.plan.seed, job.step, batch.length) for job, batch in zip(jobs, batches, strict=True))

@@ -44,7 +44,7 @@ def predict_many(
     if writers:
         return [_generate(adapted, delta, head, rows, limit) for delta, head in writers]
     examples = members[0][1].encode(rows, source, limit)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     values: list[list[Any]] = [[None] * len(rows) for _ in members]
     confidence: list[list[float]] = [[0.0] * len(rows) for _ in members]
     training = adapted.bank.training
@@ -54,14 +54,16 @@ def predict_many(
             for chunk in _chunks(order, examples, len(members)):
                 batch = collate([examples[i] for i in chunk], source)
                 names = [d.name if d is not None and len(d.layers) else None for d, _ in members]
-                hidden = _hidden(adapted, names, batch.inputs)
+                compares = any(head.compares for _, head in members)
+                hidden = _hidden(adapted, [*names, None] if compares else names, batch.inputs)
+                batch.reference = hidden[-1] if compares else None
                 for number, (_, head) in enumerate(members):
                     found, sure = head.decode(head.scores(hidden[number], batch, source), batch)
                     for i, value, certain in zip(chunk, found, sure, strict=True):
                         values[number][i], confidence[number][i] = value, certain
     finally:
         adapted.bank.train(training)
-    return [Predictions(v, c) for v, c in zip(values, confidence, strict=True)]
+    return [Predictions(head.conclude(v, rows), c) for (_, head), v, c in zip(members, values, confidence, strict=True)]
 
 
 def _hidden(adapted: Adapted, names: Sequence[str | None], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -90,9 +92,12 @@ def _changes_weights(delta: Delta) -> bool:
 def _chunks(order: Sequence[int], examples: Sequence[Example], times: int) -> list[list[int]]:
     """Cut rows, shortest first, into chunks of at most TOKENS tokens over all deltas."""
     chunks: list[list[int]] = []
+    texts = 0
     for i in order:
-        if not chunks or (len(chunks[-1]) + 1) * times * len(examples[i].ids) > TOKENS:
+        texts += len(examples[i].texts)
+        if not chunks or texts * times * examples[i].length > TOKENS:
             chunks.append([])
+            texts = len(examples[i].texts)
         chunks[-1].append(i)
     return chunks
 
