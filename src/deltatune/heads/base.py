@@ -24,7 +24,7 @@ class Example:
     """One row as the backbone reads it: token ids, token types (pairs), and what the head learns from it.
 
     `target` is a class number, or one number per token position (-100: not counted), by the head. A row of several
-    texts has the others beside the first.
+    texts has the others beside the first. `decoder` is what a decoder is given, one token for each of the target.
     """
 
     ids: tuple[int, ...]
@@ -32,6 +32,7 @@ class Example:
     target: Any
     words: tuple[int, ...] = ()
     others: tuple[Example, ...] = ()
+    decoder: tuple[int, ...] = ()
 
     @property
     def texts(self) -> tuple[Example, ...]:
@@ -45,8 +46,8 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all texts."""
-        return sum(len(text.ids) for text in self.texts)
+        """Tokens of all texts, on both sides of an encoder-decoder."""
+        return sum(len(text.ids) + len(text.decoder) for text in self.texts)
 
 
 @dataclass
@@ -70,15 +71,22 @@ class Batch:
         """Padded length in tokens."""
         return int(self.inputs["input_ids"].shape[1])
 
+    @property
+    def positions(self) -> int:
+        """Number of positions that a head reads: those of the decoder, where it is given something."""
+        return int(self.inputs.get("decoder_input_ids", self.inputs["input_ids"]).shape[1])
+
 
 class TaskHead(SavedHead):
     """Base of the heads that a task is fitted with.
 
-    A head that `compares` gets in each batch what the bare backbone gives for it.
+    A head that `compares` gets in each batch what the bare backbone gives for it; one that `decodes` reads the logits
+    of an encoder-decoder where others read hidden states.
     """
 
     kinds: ClassVar[tuple[Kind, ...]]
     compares: ClassVar[bool] = False
+    decodes: ClassVar[bool] = False
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> TaskHead:
@@ -100,6 +108,10 @@ class TaskHead(SavedHead):
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
         """Return one prediction per row as plain Python, and the confidence in it (0 to 1)."""
         raise NotImplementedError
+
+    def writes(self, row: Row) -> bool:
+        """Say whether the answer to a row is a text to be written."""
+        return False
 
     def conclude(self, values: list[Any], rows: Sequence[Row]) -> list[Any]:
         """Return the predictions of all rows, for a head whose predictions depend on the other rows."""
@@ -137,6 +149,10 @@ def collate(examples: Sequence[Example], backbone: Backbone, length: int | None 
         if types is not None and text.types is not None:
             types[row, : len(text.types)] = torch.tensor(text.types)
     inputs = {"input_ids": ids, "attention_mask": mask, **({"token_type_ids": types} if types is not None else {})}
+    if texts[0].decoder:
+        # Where the padding stands nothing is read, and the decoder sees what is before a position only.
+        given = [torch.tensor(text.decoder) for text in texts]
+        inputs["decoder_input_ids"] = torch.nn.utils.rnn.pad_sequence(given, batch_first=True, padding_value=pad)
     return Batch({name: value.to(backbone.device) for name, value in inputs.items()}, examples)
 
 

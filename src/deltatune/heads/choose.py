@@ -5,19 +5,25 @@ from __future__ import annotations
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Task
 from deltatune.heads.base import TaskHead
+from deltatune.heads.chat import Chat
 from deltatune.heads.classification import MultiLabel, SequenceClassification
 from deltatune.heads.embedding import Embedding
 from deltatune.heads.language import Generation, Verbalized
 from deltatune.heads.preference import Preference
 from deltatune.heads.regression import Regression
+from deltatune.heads.sequence import SequenceToSequence
 from deltatune.heads.tokens import TokenClassification
 
-OWN: tuple[type[TaskHead], ...] = (Generation, TokenClassification, MultiLabel, Regression, Embedding, Preference)
+OWN: tuple[type[TaskHead], ...] = (
+    Generation, TokenClassification, MultiLabel, Regression, Embedding, Preference, Chat
+)  # fmt: skip
 
 
 def head_for(task: Task, backbone: Backbone, seed: int) -> TaskHead:
     """Make the head of a task: verbalised where it brings a template or words, and the backbone can write them."""
     own: dict[Kind, type[TaskHead]] = {kind: head for head in OWN for kind in head.kinds}
+    if task.kind == "generation" and backbone.kind == "encoder-decoder":
+        return SequenceToSequence.make(task, backbone, seed)
     if task.kind in own:
         return own[task.kind].make(task, backbone, seed)
     if backbone.kind == "decoder" and (task.template or task.verbalizer):

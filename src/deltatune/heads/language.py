@@ -45,7 +45,25 @@ def template_of(task: Task) -> str:
     return template
 
 
-class Generation(TaskHead):
+class Writer(TaskHead):
+    """Base of the heads that write texts."""
+
+    new_tokens: int
+
+    def writes(self, row: Row) -> bool:
+        return True
+
+    def room(self, limit: int) -> tuple[int, int]:
+        """Return how many tokens a prompt and an answer may have: an answer gets half of the limit at most."""
+        answer = min(self.new_tokens, limit // 2)
+        return limit - answer - 1, answer
+
+    def prompts(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
+        """Return the tokens that the answers follow; a long row is cut."""
+        raise NotImplementedError
+
+
+class Generation(Writer):
     """Write the answer after the prompt; cross-entropy on the answer's tokens and the end token."""
 
     kinds: ClassVar[tuple[Kind, ...]] = ("generation",)
@@ -63,11 +81,6 @@ class Generation(TaskHead):
         wanted(backbone, "generation")
         ends = tokenise(backbone, [row["target"] for row in task.train[:500]], limit=10_000, special=False)
         return cls(template_of(task), min(max(len(e.ids) for e in ends) + 4, 128))
-
-    def room(self, limit: int) -> tuple[int, int]:
-        """Return how many tokens a prompt and an answer may have: an answer gets half of the limit at most."""
-        answer = min(self.new_tokens, limit // 2)
-        return limit - answer - 1, answer
 
     def prompts(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
         """Return the tokens that the answers follow; a long row is cut, the template never."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from deltatune.backbone.load import Backbone
 from deltatune.errors import UserError
-from deltatune.heads.language import Generation, Verbalized
+from deltatune.heads.language import Verbalized, Writer
 from deltatune.heads.tokens import TokenClassification
 
 WITHOUT = "merge it without its head (--no-head): the folder then gives hidden states"
@@ -18,7 +18,7 @@ WITHOUT = "merge it without its head (--no-head): the folder then gives hidden s
 
 def whole(backbone: Backbone, head: nn.Module | None) -> nn.Module:
     """Return the network with the head on it. UserError if no class of transformers scores as this head does."""
-    if head is None or isinstance(head, Generation | Verbalized):  # they ask the language model itself
+    if head is None or isinstance(head, Writer | Verbalized):  # they ask the language model itself
         return backbone.module
     if isinstance(head, TokenClassification):
         return _token_classifier(backbone, head)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from deltatune.backbone.load import Backbone
 from deltatune.delta.adapted import Adapted
 from deltatune.delta.call import Call, Draw, Segment
-from deltatune.delta.delta import Delta
 from deltatune.delta.plan import packs
 from deltatune.errors import SiteError
 from deltatune.heads.base import Batch, collate
@@ -26,6 +25,7 @@ from deltatune.training.evaluate import evaluate
 from deltatune.training.job import Job, Point, batch_of, prompt_tokens
 
 ROWS = "rows"  # what the jobs have in common that cannot do without padding
+DECODED = "decoded"  # those whose heads read a decoder's logits
 Listener = Callable[[Sequence[Job], str], None]
 
 
@@ -53,7 +53,7 @@ class Engine:
         kinds: dict[tuple[object, ...], int] = {}
         rank: dict[str, tuple[int, int]] = {}
         for number, job in enumerate(self.jobs):
-            kind = (_separate(job.delta), *(layer.kind() for _, layer in job.delta.at_sites()))
+            kind = (_separate(job), *(layer.kind() for _, layer in job.delta.at_sites()))
             rank[job.name] = (kinds.setdefault(kind, len(kinds)), number)
         self.rank = rank
 
@@ -91,19 +91,19 @@ class Engine:
         most = self.backbone.positions or math.inf
 
         def place(job: Job) -> tuple[object, ...]:
-            apart = _separate(job.delta)
+            apart = _separate(job)
             length = 0 if self._packed(apart) else batches[job.name].length
             return apart, length, self.rank[job.name]
 
         for job in sorted(jobs, key=place):
-            batch, apart = batches[job.name], _separate(job.delta)
+            batch, apart = batches[job.name], _separate(job)
             added = max(prompt, prompt_tokens(job.plan.spec))
             rows += len(batch.texts)
             # Of all so far this batch is the longest, or its own tokens count.
             size = size + sum(e.tokens for e in batch.examples) if self._packed(apart) else rows * batch.length
             if (
                 not groups
-                or _separate(groups[-1][0].delta) != apart
+                or _separate(groups[-1][0]) != apart
                 or size > job.plan.settings.tokens
                 or batch.length + added > most
             ):
@@ -115,7 +115,7 @@ class Engine:
         return [sorted(group, key=lambda job: self.rank[job.name]) for group in groups]
 
     def _packed(self, apart: str) -> bool:
-        return self.packs and apart != ROWS
+        return self.packs and apart not in (ROWS, DECODED)
 
     def _backward(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> None:
         total: Tensor | None = None
@@ -138,13 +138,16 @@ class Engine:
         ]
 
     def _hidden(self, batches: Sequence[Batch], call: Call) -> list[Tensor]:
-        """Run batches as one, and return the hidden states of each [texts, tokens, width]."""
+        """Run batches as one, and return the hidden states of each [texts, tokens, width], or a decoder's logits."""
         length = max(batch.length for batch in batches)
         together = collate([e for batch in batches for e in batch.examples], self.backbone, length)
-        hidden = self.adapted.encode(together.inputs, call=call)
+        if "decoder_input_ids" in together.inputs:
+            hidden = self.adapted.run(call, **together.inputs).logits
+        else:
+            hidden = self.adapted.encode(together.inputs, call=call)
         parts = hidden.split([len(batch.texts) for batch in batches])
         # At the batch's own padded length, as when it is alone.
-        return [part[:, : batch.length] for part, batch in zip(parts, batches, strict=True)]
+        return [part[:, : batch.positions] for part, batch in zip(parts, batches, strict=True)]
 
     def _refer(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> None:
         """Give the batches of the heads that compare what they compare with: the backbone alone on the same texts."""
@@ -194,14 +197,16 @@ class Engine:
             job.record_best(score)
 
 
-def _separate(delta: Delta) -> str:
+def _separate(job: Job) -> str:
     """Jobs with the same answer may share a physical batch: those that change weights share none."""
-    ports = {layer.port for _, layer in delta.at_sites()}
+    ports = {layer.port for _, layer in job.delta.at_sites()}
     if "weight" in ports:
-        return delta.name
+        return job.delta.name
+    if job.head.decodes:
+        return DECODED
     if not ports:
         return "frozen"
-    return "" if packs(delta, training=True) else ROWS
+    return "" if packs(job.delta, training=True) else ROWS
 
 
 def train(

@@ -16,7 +16,7 @@ from deltatune.delta.call import Segment
 from deltatune.delta.delta import Delta
 from deltatune.errors import TaskError
 from deltatune.heads.base import Example, TaskHead, collate
-from deltatune.heads.language import Generation
+from deltatune.heads.language import Writer
 from deltatune.training.job import Job, room
 
 TOKENS = 2048  # most tokens of one physical batch of predictions: larger ones leave the cache (docs/log.md)
@@ -40,8 +40,11 @@ def predict_many(
 ) -> list[Predictions]:
     """Predict the same rows with several deltas: each batch of rows runs once for all of them."""
     source = adapted.source
-    writers = [(delta, head) for delta, head in members if isinstance(head, Generation)]
-    if writers:
+    writers = [(delta, head) for delta, head in members if isinstance(head, Writer)]
+    asked = sum(members[0][1].writes(row) for row in rows)
+    if 0 < asked < len(rows):
+        raise TaskError(f"{asked} of {len(rows)} rows ask for an answer and the others have one; give rows of one sort")
+    if asked:
         return [_generate(adapted, delta, head, rows, limit) for delta, head in writers]
     examples = members[0][1].encode(rows, source, limit)
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
@@ -102,12 +105,14 @@ def _chunks(order: Sequence[int], examples: Sequence[Example], times: int) -> li
     return chunks
 
 
-def _generate(adapted: Adapted, delta: Delta | None, head: Generation, rows: Sequence[Row], limit: int) -> Predictions:
+def _generate(adapted: Adapted, delta: Delta | None, head: Writer, rows: Sequence[Row], limit: int) -> Predictions:
     source = adapted.source
     prompts = head.prompts(rows, source, limit)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i].ids))
     values: list[Any] = [""] * len(rows)
     end, pad = source.processor.eos_token_id, source.processor.pad_token_id
+    # A decoder goes on where a row ends; an encoder reads rows as in training.
+    left = source.kind == "decoder"
     training = adapted.bank.training
     adapted.bank.eval()
     try:
@@ -115,8 +120,8 @@ def _generate(adapted: Adapted, delta: Delta | None, head: Generation, rows: Seq
             for start in range(0, len(order), 16):
                 chunk = order[start : start + 16]
                 longest = max(len(prompts[i].ids) for i in chunk)
-                ids = torch.tensor([[pad] * (longest - len(prompts[i].ids)) + list(prompts[i].ids) for i in chunk])
-                mask = torch.tensor([[0] * (longest - len(prompts[i].ids)) + [1] * len(prompts[i].ids) for i in chunk])
+                ids = torch.tensor([_filled(prompts[i].ids, pad, longest, left) for i in chunk])
+                mask = torch.tensor([_filled([1] * len(prompts[i].ids), 0, longest, left) for i in chunk])
                 made = adapted.generate(
                     ids.to(source.device),
                     attention_mask=mask.to(source.device),
@@ -126,12 +131,18 @@ def _generate(adapted: Adapted, delta: Delta | None, head: Generation, rows: Seq
                     eos_token_id=end,
                     pad_token_id=pad,
                 )
-                for i, row in zip(chunk, made[:, longest:].tolist(), strict=True):
+                # What a decoder alone returns begins with the prompt, what one of two stacks does with its start.
+                for i, row in zip(chunk, made[:, longest if left else 1 :].tolist(), strict=True):
                     row = row[: row.index(end)] if end in row else row
                     values[i] = source.processor.decode(row, skip_special_tokens=True).strip()
     finally:
         adapted.bank.train(training)
     return Predictions(values, [1.0] * len(rows))
+
+
+def _filled(row: Sequence[int], fill: int, length: int, left: bool) -> list[int]:
+    gap = [fill] * (length - len(row))
+    return [*gap, *row] if left else [*row, *gap]
 
 
 def task_rows(task: Task, split: str, most: int | None = None) -> Sequence[Row]:
