@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from deltatune.cli.options import AsJson, BackboneName, Columns, Limit, columns_of, task_names
+from deltatune.cli.options import AsJson, BackboneName, Columns, Limit, MaxRows, columns_of, task_names
 from deltatune.cli.output import say
 from deltatune.cli.training import command_of, finished, settings_from, watched
 
@@ -41,6 +41,7 @@ def fit(
     ] = None,
     columns: Columns = None,
     limit: Limit = None,
+    max_rows: MaxRows = None,
     lr: Annotated[
         float | None, typer.Option("--lr", help="Learning rate; left out: each method's measured default.")
     ] = None,
@@ -74,7 +75,7 @@ def fit(
     specs = [(text, parse(text)) for text in delta]
     if out is not None and not dry_run:
         check_out(out)
-    tasks = [load_task(one, columns=columns_of(columns), limit=limit) for one in task]
+    tasks = [load_task(one, columns=columns_of(columns), limit=limit, max_rows=max_rows) for one in task]
     plans = [Plan(spec, one, seed, settings, text) for one in tasks for text, spec in specs for seed in range(seeds)]
     with watched(command_of(context), out) as (listener, announce):
         runs = run_plans(

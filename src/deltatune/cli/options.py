@@ -62,6 +62,10 @@ Metric = Annotated[
     str | None, typer.Option("--metric", metavar="NAME", help="The metric; left out: the one the delta was fitted for.")
 ]
 Limit = Annotated[int | None, typer.Option("--limit", metavar="ROWS", min=3, help="At most so many rows of a split.")]
+MaxRows = Annotated[
+    int | None,
+    typer.Option("--max-rows", metavar="ROWS", min=9, help="Stream hf:NAME, and read so many rows of a split."),
+]
 
 
 def columns_of(text: str | None) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from deltatune.cli.options import AsJson, BackboneName, Columns, Limit, columns_of, task_names
+from deltatune.cli.options import AsJson, BackboneName, Columns, Limit, MaxRows, columns_of, task_names
 from deltatune.cli.output import say
 from deltatune.cli.training import command_of, finished, settings_from, watched
 
@@ -41,6 +41,7 @@ def tune(
     ] = 3,
     seed: Annotated[int, typer.Option("--seed", metavar="SEED", min=0, help="The first seed.")] = 0,
     limit: Limit = None,
+    max_rows: MaxRows = None,
     batch: Annotated[int | None, typer.Option("--batch", help="Rows in a step.")] = None,
     max_length: Annotated[int | None, typer.Option("--max-length", help="Longest input in tokens.")] = None,
     precision: Annotated[
@@ -61,7 +62,7 @@ def tune(
     Budget.parse(budget)
     if out is not None:
         check_out(out)
-    loaded = load_task(task, columns=columns_of(columns), limit=limit)
+    loaded = load_task(task, columns=columns_of(columns), limit=limit, max_rows=max_rows)
     with watched(command_of(context), out) as (listener, announce):
         runs = find(
             backbone, loaded, budget=budget, max_params=max_params, seeds=seeds, seed=seed, out=out, listener=listener,

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from deltatune.data import formats
 from deltatune.data.check import (
@@ -22,6 +22,7 @@ from deltatune.data.check import (
 from deltatune.data.columns import as_option, propose, resolve
 from deltatune.data.embedded import build, embedded_tasks
 from deltatune.data.formats import Table
+from deltatune.data.hub import is_dataset, read_dataset, read_hub
 from deltatune.data.metrics import check_metric, default_metric
 from deltatune.data.rows import Placed, canonical
 from deltatune.data.split import cut, distinct, input_key
@@ -29,11 +30,19 @@ from deltatune.data.tags import is_bio, repaired
 from deltatune.data.task import FIELDS, Kind, Task
 from deltatune.errors import TaskError
 
+if TYPE_CHECKING:
+    import datasets
+
+# A text, so that `datasets` is not imported for it.
+Source: TypeAlias = (
+    "str | Path | Task | datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | "
+    "datasets.IterableDatasetDict"
+)
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
 
 
 def load_task(
-    source: str | Path | Task,
+    source: Source,
     *,
     columns: Mapping[str, str] | None = None,
     kind: Kind | None = None,
@@ -43,11 +52,14 @@ def load_task(
     template: str | None = None,
     verbalizer: Mapping[str, str] | None = None,
     unseen: Literal["refuse", "drop"] = "refuse",
+    max_rows: int | None = None,
 ) -> Task:
     """Load a task.
 
     `source` is an embedded name (a folder of that name is `./NAME`), `hf:OWNER/NAME[:CONFIG][@REVISION]`, a folder of
-    train, dev and test files, one file, or a Task, which only has `metric`, `template` and `verbalizer` replaced.
+    train, dev and test files, one file, an object of `datasets` (a Dataset, a DatasetDict, or a stream of either), or a
+    Task, which only has `metric`, `template` and `verbalizer` replaced. Of a stream, `hf:` among them, `max_rows` of
+    each split are read, the first ones: one that is in an order has to be shuffled before.
 
     A file is cut 80/10/10 by `seed`, stratified by label, after rows that repeat an input are left out; a folder's own
     splits are kept as they are, and a dev or test split it lacks is cut from train in that way. What was left out, cut,
@@ -56,12 +68,17 @@ def load_task(
 
     Raises TaskError for a source, rows, columns or labels that do not make a task, UnknownName for a kind or metric.
     """
-    if isinstance(source, Task) or source in embedded_tasks():
+    if max_rows is not None and (max_rows < 1 or not (is_dataset(source) or str(source).startswith("hf:"))):
+        raise TaskError(
+            f"max_rows={max_rows}: expected 1 or more, of a data set of the hub or an object of `datasets`; for other "
+            f"tasks there is limit="
+        )
+    if isinstance(source, Task) or (isinstance(source, str) and source in embedded_tasks()):
         made = source if isinstance(source, Task) else build(str(source))
         if columns or (kind and kind != made.kind):
             raise TaskError(f"task {made.name!r} has its fields and kind ({made.kind}); leave columns and kind out")
     else:
-        made = _assembled(source, columns, kind, seed, drop=unseen == "drop")
+        made = _assembled(source, columns, kind, seed, drop=unseen == "drop", max_rows=max_rows)
     check_words(made.kind, made.labels, template, verbalizer)
     made = dataclasses.replace(
         made,
@@ -72,22 +89,24 @@ def load_task(
     return made.limited(limit, limit, limit)
 
 
-def task(source: str | Path | Task, **options: Any) -> Task:
+def task(source: Source, **options: Any) -> Task:
     """Load a task with columns as keywords: `task("reviews.csv", text="review", label="stars")`.
 
     Options of `load_task` keep their meaning; every other keyword is a canonical field and the column that holds it.
     """
-    known = {"columns", "kind", "metric", "seed", "limit", "template", "verbalizer", "unseen"}
+    known = {"columns", "kind", "metric", "seed", "limit", "template", "verbalizer", "unseen", "max_rows"}
     named = {field: column for field, column in options.items() if field not in known}
     rest = {name: value for name, value in options.items() if name in known}
     return load_task(source, **{**rest, "columns": {**(rest.get("columns") or {}), **named}})
 
 
-def _assembled(source: str | Path, columns: Mapping[str, str] | None, kind: Kind | None, seed: int, drop: bool) -> Task:
-    name, origin, tables = _tables(source)
+def _assembled(
+    source: Source, columns: Mapping[str, str] | None, kind: Kind | None, seed: int, drop: bool, max_rows: int | None
+) -> Task:
+    name, origin, tables = _tables(source, max_rows)
     found, mapping = resolve(tables["train"], columns, kind)
     placed = {split: canonical(table, found, _same_columns(table, found, mapping)) for split, table in tables.items()}
-    notes = []
+    notes = [] if max_rows is None else [f"the first {max_rows} rows of each split"]
     if found == "token_classification" and any(is_bio(row["tags"]) for rows in placed.values() for _, row in rows):
         fixed = {split: repaired(rows) for split, rows in placed.items()}
         placed = {split: rows for split, (rows, _) in fixed.items()}
@@ -121,16 +140,17 @@ def _assembled(source: str | Path, columns: Mapping[str, str] | None, kind: Kind
     )
 
 
-def _tables(source: str | Path) -> tuple[str, str, dict[str, Table]]:
+def _tables(source: Source, max_rows: int | None) -> tuple[str, str, dict[str, Table]]:
     """Return a name, where it came from, and the tables of the splits that are there, train among them."""
+    if is_dataset(source):
+        name, tables = read_dataset(source, max_rows)
+        return name, f"{type(source).__name__} of datasets", tables
     text = str(source)
     if text.startswith("hf:"):
-        from deltatune.data.hub import read_hub
-
         name = text.removeprefix("hf:")
-        return name.split("@")[0].rsplit("/", 1)[-1].replace(":", "_"), text, read_hub(name)
+        return name.split("@")[0].rsplit("/", 1)[-1].replace(":", "_"), text, read_hub(name, max_rows)
     try:
-        path = Path(source).expanduser()
+        path = Path(text).expanduser()
         if path.is_dir():
             return path.resolve().name, text, _folder(path)
         if path.is_file():

@@ -14,8 +14,7 @@ from torch import nn
 
 from deltatune.backbone.load import Backbone, load
 from deltatune.compose.expression import parse
-from deltatune.data.load import load_task
-from deltatune.data.task import Task
+from deltatune.data.load import Source, load_task
 from deltatune.delta.delta import Delta
 from deltatune.delta.method import Spec
 from deltatune.errors import OutputError, UserError
@@ -104,7 +103,7 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
 def fit(
     model: Backbone | nn.Module | str,
     delta: Spec | str,
-    task: Task | str | Path,
+    task: Source,
     *,
     seeds: int | Sequence[int] = 1,
     out: str | Path | None = None,
@@ -119,7 +118,7 @@ def fit(
 
 def fit_many(
     model: Backbone | nn.Module | str,
-    pairs: Sequence[tuple[Spec | str, Task | str | Path]],
+    pairs: Sequence[tuple[Spec | str, Source]],
     *,
     seeds: int | Sequence[int] = 1,
     out: str | Path | None = None,
@@ -259,7 +258,7 @@ def write_json(file: Path, data: Any) -> None:
 
 def tune(
     model: Backbone | nn.Module | str,
-    task: Task | str | Path,
+    task: Source,
     *,
     budget: str = "10m",
     max_params: int | None = None,
