@@ -89,7 +89,7 @@ def compared(a: Ready, b: Ready, first: str, second: str, task: Task, split: str
             "only_b_right": cells.count((False, True)),
             "both_wrong": cells.count((False, False)),
             "different_answers": len(differ),
-            "right": "" if near is None else f" (within half a standard deviation, {near:.3g})",
+            "right": _right(task.kind, near),
             "p": mcnemar(cells.count((True, False)), cells.count((False, True))),
         },
         "better": better,
@@ -109,12 +109,20 @@ def _sentence(better: str | None, first: str, second: str, rows: int, split: str
     return f"{winner} is better than {loser} on these {rows:,} {split} rows."
 
 
+def _right(kind: str, near: float | None) -> str | None:
+    """Say what counts as right on a row; None where nothing does: how likely an answer is, is neither."""
+    if kind == "chat":
+        return None
+    return "" if near is None else f" (within half a standard deviation, {near:.3g})"
+
+
 def text_of(row: dict[str, Any]) -> str:
     """Return the inputs of a row as one text."""
+    from deltatune.data.split import as_text
     from deltatune.data.task import INPUTS
 
     parts = (row[field] for field in dict.fromkeys(f for fields in INPUTS.values() for f in fields) if field in row)
-    return " · ".join(" ".join(part) if isinstance(part, list) else part for part in parts)
+    return " · ".join(map(as_text, parts))
 
 
 def _shown(result: dict[str, Any]) -> Sequence[RenderableType]:
@@ -129,11 +137,14 @@ def _shown(result: dict[str, Any]) -> Sequence[RenderableType]:
     lines: list[RenderableType] = [
         result["sentence"],
         scores,
-        f"In brackets: 95 % paired bootstrap over rows, {result['resamples']:,} resamples. Right on a row"
-        f"{counts['right']}: both {counts['both_right']:,}, only A {counts['only_a_right']:,}, only B "
-        f"{counts['only_b_right']:,}, neither "
-        f"{counts['both_wrong']:,} (exact McNemar test: p = {counts['p']:.2g}).",
+        f"In brackets: 95 % paired bootstrap over rows, {result['resamples']:,} resamples.",
     ]
+    if counts["right"] is not None:
+        lines[-1] = (
+            f"{lines[-1]} Right on a row{counts['right']}: both {counts['both_right']:,}, only A "
+            f"{counts['only_a_right']:,}, only B {counts['only_b_right']:,}, neither {counts['both_wrong']:,} (exact "
+            f"McNemar test: p = {counts['p']:.2g})."
+        )
     if not result["examples"]:
         return [*lines, "They give the same answer on every row."]
     title = f"{len(result['examples'])} of {counts['different_answers']:,} rows with different answers"

@@ -21,6 +21,7 @@ def evaluate(
     """Score a saved delta on a split of a task, with a bootstrap interval over examples, beside the majority class."""
     from deltatune.cli.saved import ready, task_for
     from deltatune.cli.scoring import said, shown, split_of
+    from deltatune.data.answers import written
     from deltatune.data.metrics import constant, majority, references, score
     from deltatune.data.scores import resamples, score_interval
     from deltatune.training.evaluate import task_rows
@@ -46,7 +47,9 @@ def evaluate(
     }
     answer = table("on", loaded.metric, right=(loaded.metric,), title=f"{loaded.name}, {part}: {len(rows):,} rows")
     answer.add_row(str(folder), shown(said(made)))
-    answer.add_row(f"always {guess!r}", f"{baseline:.3f}")
+    answer.add_row(
+        f"always {repr(guess) if isinstance(guess, str) else written(loaded.kind, guess)}", f"{baseline:.3f}"
+    )
     say(
         result,
         as_json,

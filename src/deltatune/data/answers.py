@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +17,9 @@ def hit(kind: Kind, prediction: Any, gold: Any) -> float:
     first, or a reward that prefers the chosen answer. Of a conversation it is the mean log-probability of a token.
     """
     if kind == "chat":
-        return float(prediction[0] / prediction[1])
+        return float(prediction[0] / max(1, prediction[1]))
     if kind == "preference":
-        return float(prediction > 0)
+        return (prediction > 0) + 0.5 * (prediction == 0)
     if kind == "embedding":
         return float(prediction[:1] == [gold])
     if kind in NUMBERS:
@@ -38,6 +39,8 @@ def written(kind: Kind, answer: Any) -> str:
     """Return a label, tags, labels, a number, the accepted texts, a preference or what is nearest as one text."""
     if kind == "preference" and not isinstance(answer, str):
         return "chosen" if answer > 0 else "rejected" if answer < 0 else "neither"
+    if kind == "chat" and not isinstance(answer, str):
+        return f"perplexity {math.exp(-answer[0] / answer[1]):.3g}" if answer[1] else "no token of it read"
     if kind == "embedding" and isinstance(answer, list):
         numbers = answer and not isinstance(answer[0], str)
         return f"{len(answer)} numbers: " + ", ".join(f"{x:.3f}" for x in answer[:4]) if numbers else answer[0]
