@@ -20,6 +20,7 @@ def endless(read: list[int]) -> datasets.IterableDataset:
     def rows() -> Iterator[dict[str, Any]]:
         number = 0
         while True:
+            assert number < 1000, "a stream was read on and on"
             read.append(number)
             yield {"text": f"row {number}", "label": number % 2}
             number += 1

@@ -133,8 +133,16 @@ def test_tags_have_to_cover_each_token(metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_perfect_prediction_scores_one(metric):
-    gold = [["O", "B-X", "I-X"]] * 3 if metric in ("entity_f1", "token_accuracy") else ["a b c d", "e f g h"]
-    assert score(metric, gold, gold) == pytest.approx(1.0)
+    texts = ["a b c d", "e f g h"]
+    tags, numbers, rankings = [["O", "B-X", "I-X"]] * 3, [0.5, 2.0, -1.0], [[text, "other"] for text in texts]
+    perfect = {
+        "entity_f1": (tags, tags), "token_accuracy": (tags, tags), "subset_accuracy": (tags, tags),
+        **dict.fromkeys(("pearson", "spearman", "r2"), (numbers, numbers)),
+        **dict.fromkeys(("mrr_at_10", "accuracy_at_1"), (rankings, texts)),
+        "preference_accuracy": ([0.1, 3.0], ["chosen"] * 2),
+        "inverse_perplexity": ([[0.0, 3], [0.0, 1]], texts),
+    }  # fmt: skip
+    assert score(metric, *perfect.get(metric, (texts, texts))) == pytest.approx(1.0)
 
 
 def test_unknown_metrics_name_the_nearest():

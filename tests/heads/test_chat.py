@@ -50,8 +50,8 @@ TALK = [
 ]
 
 
-def talking(template: str | None = PLAIN, dtype: torch.dtype = torch.float32) -> Backbone:
-    on = backbone("llama", dtype)
+def talking(template: str | None = PLAIN, dtype: torch.dtype = torch.float32, family: str = "llama") -> Backbone:
+    on = backbone(family, dtype)
     on.processor = copy.deepcopy(on.processor)
     on.processor.chat_template = template
     return on
@@ -75,6 +75,14 @@ def test_answers_and_their_ends_are_learnt_and_nothing_else(template: str) -> No
         (7, "w3"), (8, "[SEP]"), (14, "w5"), (15, "w6"), (16, "[SEP]")
     ]  # fmt: skip
     assert [words[i + 1] for i, word in enumerate(learnt) if word] == [word for word in learnt if word]
+
+
+def test_marks_tell_answers_that_are_worded_otherwise_later() -> None:
+    template = MARKED.replace("{% generation %}", "{{ 'bad ' if loop.last else '' }}{% generation %}")
+    on = talking(template)
+    ids, answers = answered(TALK, on)
+    said = [word for word, says in zip(on.processor.convert_ids_to_tokens(ids), answers, strict=True) if says]
+    assert said == ["w3", "[SEP]", "w5", "w6", "[SEP]"]
 
 
 @pytest.mark.parametrize(
@@ -115,8 +123,10 @@ def test_the_loss_is_that_of_the_model_on_the_answers(task: Task) -> None:
     assert score("inverse_perplexity", [majority(task)] * 3, [""] * 3) == 0.0
 
 
-def test_packed_conversations_have_the_loss_of_each_by_itself(task: Task) -> None:
-    on = talking()
+# Llama's positions are relative, GPT-2's are not.
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_conversations_have_the_loss_of_each_by_itself(task: Task, family: str) -> None:
+    on = talking(family=family)
     (job,) = jobs_of([plan("lora", task, batch=8)], on)
     with torch.no_grad():
         for value in job.delta.layers.parameters():
@@ -188,6 +198,8 @@ def test_a_long_conversation_keeps_its_end() -> None:
         (prompt,) = head.prompts([{"messages": talk}], on, limit)
         said = " ".join(on.processor.convert_ids_to_tokens(list(prompt.ids)))
         assert said.startswith(kept) and said.endswith("Label: w7 w8 [SEP] Answer:"), (limit, said)
+    (prompt,) = head.prompts([{"messages": [{"role": "user", "content": "w1 " * 30 + "w2"}]}], on, 16)
+    assert on.processor.convert_ids_to_tokens(list(prompt.ids)) == [*["w1"] * 8, "w2", "[SEP]", "Answer:"]
     with pytest.raises(TaskError, match="no conversation has an answer within 6 tokens; raise max_length"):
         head.encode([{"messages": TALK}], on, 6)
 
