@@ -30,7 +30,8 @@ def inputs(task, split):
 
 def test_there_are_over_100_procedural_tasks_of_every_kind():
     assert len(PROCEDURAL) > 100
-    assert Counter(load_task(name).kind for name in PROCEDURAL).keys() == FIELDS.keys()
+    kinds = Counter(load_task(name).kind for name in PROCEDURAL)
+    assert kinds.keys() == {"classification", "pair_classification", "token_classification", "generation"}
     assert all(line and "\n" not in line and "<" not in line for line in embedded_tasks().values())
 
 

@@ -14,6 +14,7 @@ from deltatune.errors import TaskError
 FOLDER = Path(os.environ.get("DELTATUNE_TASKS", Path(__file__).parents[3] / "shared" / "data"))
 TABLE = FOLDER / "TASKS.tsv"
 KINDS = {"ner": "token_classification", **{k: k for k in ("classification", "pair_classification", "generation")}}
+SEVERAL = {"preference": "preference", "embedding_pairs": "embedding", "chat": "chat"}
 # Their tables say "f1"; the data set's own paper says of which label.
 F1_OF = {"tweet_irony": "f1_irony"}
 # A header line among the labels of one, labels of a single example in the other.
@@ -53,6 +54,21 @@ def test_a_shared_task_loads(stated):
         assert score(task.metric, best, gold, task.labels) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("stated", [row for row in rows() if row["kind"] in SEVERAL], ids=lambda row: row["name"])
+def test_a_shared_task_of_several_texts_loads(stated):
+    name = stated["name"]
+    if name == "chat_toolcall_en":
+        with pytest.raises(TaskError, match="message 4 has role 'function_call'"):
+            load_task(FOLDER / name)
+        return
+    task = load_task(FOLDER / name)
+    assert task.kind == SEVERAL[stated["kind"]] and task.labels == ()
+    sizes = [int(stated[f"n_{split}"]) for split in ("train", "dev", "test")]
+    assert [len(task.train), len(task.dev), len(task.test)] == sizes
+    gold = references(task.kind, task.test)
+    assert 0 <= score(task.metric, constant(majority(task), task, task.test), gold) <= 0.5
+
+
 @pytest.mark.parametrize("name", UNSEEN)
 @pytest.mark.skipif(not TABLE.is_file(), reason=f"no shared tasks at {FOLDER} (set DELTATUNE_TASKS)")
 def test_labels_that_train_lacks_are_refused(name):
@@ -65,7 +81,6 @@ def test_labels_that_train_lacks_are_refused(name):
     [
         ("pair_regression", "look like a regression"),
         ("multiple_choice", "multiple choice"),
-        ("preference", "has columns"),
     ],
 )
 def test_other_kinds_are_refused_with_the_reason(kind, message):

@@ -37,7 +37,7 @@ NUMBER_METRICS = ("pearson", "spearman", "r2")
 TEXT_METRICS = ("exact_match", "token_f1", "rouge_l", "bleu", "chrf")
 RANKED = 10  # how many of a ranking are kept and count
 
-ALSO_CALLED = {"mcc": "matthews", "rouge": "rouge_l", "mrr": "mrr_at_10"}
+ALSO_CALLED = {"mcc": "matthews", "rouge": "rouge_l", "mrr": "mrr_at_10", "accuracy@1": "accuracy_at_1"}
 OF_KIND: Mapping[Kind, tuple[str, ...]] = {
     "classification": CLASS_METRICS,
     "pair_classification": CLASS_METRICS,
