@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import sacrebleu
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from seqeval.metrics import f1_score as seqeval_f1
 
 from deltatune.data import METRICS, Task, check_metric, constant, default_metric, majority, references, score
+from deltatune.data.metrics import NUMBER_METRICS, TAG_METRICS
 from deltatune.errors import TaskError, UnknownName
 
 GOLD = ["a", "a", "a", "b", "b", "c"]
@@ -133,7 +135,11 @@ def test_tags_have_to_cover_each_token(metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_perfect_prediction_scores_one(metric):
-    gold = [["O", "B-X", "I-X"]] * 3 if metric in ("entity_f1", "token_accuracy") else ["a b c d", "e f g h"]
+    gold: list[Any] = ["a b c d", "e f g h"]
+    if metric in TAG_METRICS:
+        gold = [["O", "B-X", "I-X"]] * 3
+    if metric in NUMBER_METRICS:
+        gold = [1.0, 2.5, -3.0]
     assert score(metric, gold, gold) == pytest.approx(1.0)
 
 

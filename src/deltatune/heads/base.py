@@ -23,18 +23,40 @@ from deltatune.errors import TaskError
 class Example:
     """One row as the backbone reads it: token ids, token types (pairs), and what the head learns from it.
 
-    `target` is a class number, or one number per token position (-100: not counted), by the head.
+    `target` is a class number, or one number per token position (-100: not counted), by the head. A row that takes
+    several sequences (choices, windows of a long text) has the further ones in `more`. `weight` is the row's in the
+    loss.
     """
 
     ids: tuple[int, ...]
     types: tuple[int, ...] | None
     target: Any
     words: tuple[int, ...] = ()
+    more: tuple[Example, ...] = ()
+    weight: float = 1.0
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """All sequences of the row."""
+        return (self, *self.more)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(len(e.ids) for e in self.sequences)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(len(e.ids) for e in self.sequences)
 
 
 @dataclass
 class Batch:
-    """Padded examples: `inputs` for the backbone (ids, mask, types: [rows, tokens]) and the examples themselves."""
+    """Padded examples: `inputs` for the backbone (ids, mask, types: [sequences, tokens]) and the examples themselves.
+
+    Each example has one sequence or more; those of one stand together.
+    """
 
     inputs: dict[str, Tensor]
     examples: Sequence[Example]
@@ -43,6 +65,16 @@ class Batch:
     def length(self) -> int:
         """Padded length in tokens."""
         return int(self.inputs["input_ids"].shape[1])
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences."""
+        return int(self.inputs["input_ids"].shape[0])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(e.tokens for e in self.examples)
 
 
 class TaskHead(SavedHead):
@@ -91,13 +123,13 @@ def processor_of(backbone: Backbone) -> Any:
 
 def collate(examples: Sequence[Example], backbone: Backbone, length: int | None = None) -> Batch:
     """Pad examples on the right to `length`, or to the longest of them."""
-    longest = max(len(e.ids) for e in examples)
-    length = longest if length is None else length
+    length = max(e.longest for e in examples) if length is None else length
+    sequences = [one for e in examples for one in e.sequences]
     pad = getattr(backbone.processor, "pad_token_id", None) or 0
-    ids = torch.full((len(examples), length), pad, dtype=torch.long)
-    mask = torch.zeros(len(examples), length, dtype=torch.long)
-    types = torch.zeros(len(examples), length, dtype=torch.long) if examples[0].types is not None else None
-    for row, example in enumerate(examples):
+    ids = torch.full((len(sequences), length), pad, dtype=torch.long)
+    mask = torch.zeros(len(sequences), length, dtype=torch.long)
+    types = torch.zeros(len(sequences), length, dtype=torch.long) if sequences[0].types is not None else None
+    for row, example in enumerate(sequences):
         ids[row, : len(example.ids)] = torch.tensor(example.ids)
         mask[row, : len(example.ids)] = 1
         if types is not None and example.types is not None:

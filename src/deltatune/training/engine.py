@@ -98,9 +98,9 @@ class Engine:
         for job in sorted(jobs, key=place):
             batch, apart = batches[job.name], _separate(job.delta)
             added = max(prompt, prompt_tokens(job.plan.spec))
-            rows += len(batch.examples)
+            rows += batch.sequences
             # Of all so far this batch is the longest, or its own tokens count.
-            size = size + sum(len(e.ids) for e in batch.examples) if self._packed(apart) else rows * batch.length
+            size = size + batch.tokens if self._packed(apart) else rows * batch.length
             if (
                 not groups
                 or _separate(groups[-1][0].delta) != apart
@@ -108,8 +108,8 @@ class Engine:
                 or batch.length + added > most
             ):
                 groups.append([])
-                rows, added = len(batch.examples), prompt_tokens(job.plan.spec)
-                size = sum(len(e.ids) for e in batch.examples) if self._packed(apart) else rows * batch.length
+                rows, added = batch.sequences, prompt_tokens(job.plan.spec)
+                size = batch.tokens if self._packed(apart) else rows * batch.length
             groups[-1].append(job)
             prompt = added
         return [sorted(group, key=lambda job: self.rank[job.name]) for group in groups]
@@ -134,7 +134,7 @@ class Engine:
         length = max(batch.length for batch in batches)
         together = collate([e for batch in batches for e in batch.examples], self.backbone, length)
         hidden = self.adapted.encode(together.inputs, call=self.call(jobs, batches))
-        parts = hidden.split([len(batch.examples) for batch in batches])
+        parts = hidden.split([batch.sequences for batch in batches])
         # At the batch's own padded length, as when it is alone.
         return [
             job.head.loss(part[:, : batch.length], batch, self.backbone)
@@ -144,7 +144,7 @@ class Engine:
     def call(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> Call:
         """Make the call of a physical batch, with the keys of each job's dropout."""
         segments = tuple(
-            Segment(job.name if len(job.delta.layers) else None, len(batch.examples))
+            Segment(job.name if len(job.delta.layers) else None, batch.sequences)
             for job, batch in zip(jobs, batches, strict=True)
         )
         draws = tuple(Draw(job.plan.seed, job.step, batch.length) for job, batch in zip(jobs, batches, strict=True))

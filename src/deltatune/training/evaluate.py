@@ -44,7 +44,7 @@ def predict_many(
     if writers:
         return [_generate(adapted, delta, head, rows, limit) for delta, head in writers]
     examples = members[0][1].encode(rows, source, limit)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    order = sorted(range(len(examples)), key=lambda i: examples[i].longest)
     values: list[list[Any]] = [[None] * len(rows) for _ in members]
     confidence: list[list[float]] = [[0.0] * len(rows) for _ in members]
     training = adapted.bank.training
@@ -90,9 +90,12 @@ def _changes_weights(delta: Delta) -> bool:
 def _chunks(order: Sequence[int], examples: Sequence[Example], times: int) -> list[list[int]]:
     """Cut rows, shortest first, into chunks of at most TOKENS tokens over all deltas."""
     chunks: list[list[int]] = []
+    sequences = 0
     for i in order:
-        if not chunks or (len(chunks[-1]) + 1) * times * len(examples[i].ids) > TOKENS:
+        sequences += len(examples[i].sequences)
+        if not chunks or sequences * times * examples[i].longest > TOKENS:
             chunks.append([])
+            sequences = len(examples[i].sequences)
         chunks[-1].append(i)
     return chunks
 
