@@ -33,7 +33,9 @@ def predict(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="TEXT... | FILE", show_default=False, help="Texts (two for each pair), or a file of rows."
+            metavar="TEXT... | FILE",
+            show_default=False,
+            help="Texts (two for each pair; a text and its choices; a context and its question), or a file of rows.",
         ),
     ],
     columns: Columns = None,
@@ -44,7 +46,7 @@ def predict(
     backbone: OtherBackbone = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict with a saved delta: label and confidence for each text, tags for its words, or an answer."""
+    """Predict with a saved delta: label and confidence for each text, tags for its words, a choice, or an answer."""
     from deltatune.cli.inputs import inputs_of
     from deltatune.cli.saved import ready
     from deltatune.data.task import FIELDS
@@ -55,7 +57,7 @@ def predict(
     given = inputs_of(inputs, one.task["kind"], columns_of(columns))
     made = one.predict(given.rows)
     kind = one.task["kind"]
-    answer = {"generation": "prediction"}.get(kind, FIELDS[kind][-1])
+    answer = {"generation": "prediction", "extractive_span": "answer"}.get(kind, FIELDS[kind][-1])
     # Written text and numbers come without a probability.
     sure = [None if answer in ("prediction", "value") else value for value in made.confidence]
     predictions = [
@@ -80,16 +82,13 @@ def predict(
 
 
 def _table(one: Ready, predictions: Sequence[dict[str, Any]], answer: str) -> Table:
-    from deltatune.data.answers import written
+    from deltatune.data.answers import inputs_written, written
     from deltatune.studies.formatting import cut
 
     kind = one.task["kind"]
     made = table(answer, "confidence", "input", right=("confidence",))
     for row in predictions:
-        words = (
-            [" ".join(row["tokens"])] if "tokens" in row else [row[f] for f in ("text", "text_b", "source") if f in row]
-        )
-        text, value = cut(" · ".join(words), LONGEST), written(kind, row[answer])
+        text, value = cut(" · ".join(inputs_written(kind, row)), LONGEST), written(kind, row[answer], row)
         made.add_row(value, "–" if row["confidence"] is None else f"{row['confidence']:.3f}", text)
     return made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from deltatune.data.rows import Placed
 from deltatune.data.split import LEAST
@@ -67,6 +67,16 @@ def check_label_sets(name: str, placed: list[Placed]) -> None:
     if len(labels) < 2:
         had = f"only {labels.pop()!r}" if labels else "none"
         raise TaskError(f"{name}: expected two different labels or more over all rows, got {had}; name another column")
+
+
+CHECKS: Mapping[Kind, Callable[[str, list[Placed]], None]] = {
+    "classification": check_classes,
+    "pair_classification": check_classes,
+    "multi_label": check_label_sets,
+    "regression": check_values,
+    "pair_regression": check_values,
+}
+"""What the training rows of a kind have to be."""
 
 
 def known_only(splits: Mapping[str, list[Placed]]) -> tuple[dict[str, list[Placed]], int]:

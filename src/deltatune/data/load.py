@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deltatune.data import formats
-from deltatune.data.check import (
-    check_classes,
-    check_label_sets,
-    check_seen,
-    check_sizes,
-    check_values,
-    check_words,
-    known_only,
-)
+from deltatune.data.check import CHECKS, check_seen, check_sizes, check_words, known_only
 from deltatune.data.columns import as_option, propose, resolve
 from deltatune.data.embedded import build, embedded_tasks
 from deltatune.data.formats import Table
@@ -25,7 +17,7 @@ from deltatune.data.metrics import check_metric, default_metric
 from deltatune.data.rows import Placed, canonical
 from deltatune.data.split import cut, distinct, input_key
 from deltatune.data.tags import is_bio, repaired
-from deltatune.data.task import Kind, Task
+from deltatune.data.task import LABELLED, Kind, Task
 from deltatune.errors import TaskError
 
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
@@ -92,19 +84,18 @@ def _assembled(source: str | Path, columns: Mapping[str, str] | None, kind: Kind
         placed = {split: rows for split, (rows, _) in fixed.items()}
         notes += _note(sum(count for _, count in fixed.values()), "with tags that were not strict BIO repaired")
     check_sizes(origin, placed)
-    for field, check in (("label", check_classes), ("labels", check_label_sets), ("value", check_values)):
-        if field in mapping:
-            check(origin, placed["train"])
+    if found in CHECKS:
+        CHECKS[found](origin, placed["train"])
     placed, cut_notes = _whole(origin, found, placed, seed)
     notes += cut_notes
     check_sizes(origin, placed)
-    if mapping.keys() & {"label", "labels"}:
+    if found in LABELLED and found != "token_classification":
         if drop:
             placed, left_out = known_only(placed)
             notes += _note(left_out, "of dev and test with a label that train lacks left out")
             check_sizes(origin, placed)
         check_seen(placed)
-    labels = sorted({label for rows in placed.values() for _, row in rows for label in _labels_of(row)})
+    labels = sorted({label for rows in placed.values() for _, row in rows for label in _labels_of(found, row)})
     return Task(
         name=name,
         kind=found,
@@ -168,7 +159,7 @@ def _absent(path: Path) -> str:
 def _same_columns(table: Table, kind: Kind, mapping: Mapping[str, str]) -> dict[str, str]:
     """Return `mapping` for another split's table, whose optional columns may be absent; it has to have the others."""
     for field, column in mapping.items():
-        if column not in table.columns and field != "targets":
+        if column not in table.columns and field not in ("targets", "weight"):
             proposed = propose(table, kind, {f: c for f, c in mapping.items() if c in table.columns})
             fix = f"; as {as_option(proposed)} would read it" if proposed else ""
             raise TaskError(
@@ -200,5 +191,7 @@ def _note(count: int, what: str) -> list[str]:
     return [f"{count} {'row' if count == 1 else 'rows'} {what}"] if count else []
 
 
-def _labels_of(row: Mapping[str, Any]) -> list[str]:
+def _labels_of(kind: Kind, row: Mapping[str, Any]) -> list[str]:
+    if kind not in LABELLED:
+        return []
     return row.get("tags") or row.get("labels") or ([row["label"]] if "label" in row else [])

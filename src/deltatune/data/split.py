@@ -15,7 +15,7 @@ LEAST = 3
 
 def input_key(kind: Kind, row: Row) -> tuple[str, ...]:
     """Return what makes two inputs identical: their texts, whatever the white space between words."""
-    parts = (row[field] for field in INPUTS[kind])
+    parts = (row.get(field, "") for field in INPUTS[kind])
     return tuple(" ".join(" ".join(part).split() if isinstance(part, list) else part.split()) for part in parts)
 
 

@@ -81,6 +81,8 @@ class TaskHead(SavedHead):
     """Base of the heads that a task is fitted with."""
 
     kinds: ClassVar[tuple[Kind, ...]]
+    class_weights: tuple[float, ...] | None = None
+    """Weights of the labels in the loss, in their order; a matter of one training that does not travel."""
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> TaskHead:
@@ -96,7 +98,7 @@ class TaskHead(SavedHead):
         raise NotImplementedError
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
-        """Return the mean loss over the valid items of a batch, a scalar."""
+        """Return the mean loss over the valid items of a batch by their weights, a scalar."""
         raise NotImplementedError
 
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
@@ -138,10 +140,35 @@ def collate(examples: Sequence[Example], backbone: Backbone, length: int | None 
     return Batch({name: value.to(backbone.device) for name, value in inputs.items()}, examples)
 
 
-def linear(width: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+def linear(width: int, outputs: int, generator: torch.Generator | None, *, bias: bool = True) -> nn.Linear:
     """A linear with weights from N(0, 0.02²) and zero biases."""
-    made = nn.Linear(width, outputs)
+    made = nn.Linear(width, outputs, bias=bias)
     with torch.no_grad():
         made.weight.normal_(0.0, 0.02, generator=generator)
-        made.bias.zero_()
+        if bias:
+            made.bias.zero_()
     return made
+
+
+def row_weights(batch: Batch, like: Tensor) -> Tensor:
+    """Return the weights of the rows [rows], in the dtype and on the device of another tensor."""
+    return torch.tensor([e.weight for e in batch.examples], dtype=torch.float64).to(like)
+
+
+def weighted_mean(each: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of losses by their weights, a scalar; 0 where nothing has a weight."""
+    return (each * weights).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def cross_entropy(
+    scores: Tensor, target: Tensor, weights: Tensor, class_weights: Sequence[float] | None = None
+) -> Tensor:
+    """Return the weighted mean of the cross-entropy of items: scores [items, classes], target and weights [items].
+
+    A target of -100 is not counted. An item's weight is its own times its class's.
+    """
+    each = nn.functional.cross_entropy(scores, target, reduction="none")
+    weights = weights * (target >= 0)
+    if class_weights is not None:
+        weights = weights * torch.tensor(class_weights, dtype=torch.float64).to(scores)[target.clamp(min=0)]
+    return weighted_mean(each, weights)

@@ -5,16 +5,20 @@ from __future__ import annotations
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Task
 from deltatune.heads.base import TaskHead
+from deltatune.heads.choice import MultipleChoice
 from deltatune.heads.classification import MultiLabel, SequenceClassification
 from deltatune.heads.language import Generation, Verbalized
 from deltatune.heads.regression import Regression
+from deltatune.heads.span import ExtractiveSpan
 from deltatune.heads.tokens import TokenClassification
 
 
 def head_for(task: Task, backbone: Backbone, seed: int) -> TaskHead:
     """Make the head of a task: verbalised where it brings a template or words, and the backbone can write them."""
     own: dict[Kind, type[TaskHead]] = {
-        kind: head for head in (Generation, TokenClassification, MultiLabel, Regression) for kind in head.kinds
+        kind: head
+        for head in (Generation, TokenClassification, MultiLabel, Regression, MultipleChoice, ExtractiveSpan)
+        for kind in head.kinds
     }
     if task.kind in own:
         return own[task.kind].make(task, backbone, seed)

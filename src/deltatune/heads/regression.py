@@ -6,12 +6,12 @@ import statistics
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Row, Task
 from deltatune.delta.delta import generator
-from deltatune.heads.base import Batch
+from deltatune.heads.base import Batch, row_weights, weighted_mean
 from deltatune.heads.pooled import Pooled, Pooling
 
 
@@ -55,7 +55,8 @@ class Regression(Pooled):
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
         scores = self.scores(hidden, batch, backbone)[:, 0]
-        return nn.functional.mse_loss(scores, torch.tensor([e.target for e in batch.examples]).to(scores))
+        target = torch.tensor([e.target for e in batch.examples]).to(scores)
+        return weighted_mean((scores - target).square(), row_weights(batch, scores))
 
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
         values = (scores[:, 0].double() * self.spread + self.centre).tolist()

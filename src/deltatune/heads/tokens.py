@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Row, Task
 from deltatune.delta.delta import generator
-from deltatune.heads.base import Batch, Example, TaskHead, linear, processor_of
+from deltatune.heads.base import Batch, Example, TaskHead, cross_entropy, linear, processor_of, row_weights
 
 
 class TokenClassification(TaskHead):
@@ -54,9 +54,8 @@ class TokenClassification(TaskHead):
                     target[position] = number.get(tags[word], -100)
             types = made.get("token_type_ids")
             words = tuple(starts.get(word, -1) for word in range(len(row["tokens"])))
-            examples.append(
-                Example(tuple(made["input_ids"][i]), tuple(types[i]) if types is not None else None, target, words)
-            )
+            ids, kinds = tuple(made["input_ids"][i]), tuple(types[i]) if types is not None else None
+            examples.append(Example(ids, kinds, target, words, weight=row.get("weight", 1.0)))
         return examples
 
     def scores(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
@@ -70,7 +69,7 @@ class TokenClassification(TaskHead):
         rows, columns = (torch.tensor(index, device=hidden.device) for index in zip(*where, strict=True))
         target = torch.tensor([batch.examples[row].target[at] for row, at in where], device=hidden.device)
         chosen = self.linear(hidden[rows, columns].to(self.linear.weight.dtype))
-        return nn.functional.cross_entropy(chosen, target)
+        return cross_entropy(chosen, target, row_weights(batch, chosen)[rows], self.class_weights)
 
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
         best = scores.softmax(dim=-1).max(dim=-1)
