@@ -86,6 +86,8 @@ def _assembled(source: str | Path, columns: Mapping[str, str] | None, kind: Kind
     check_sizes(origin, placed)
     if found in CHECKS:
         CHECKS[found](origin, placed["train"])
+    if "weight" in mapping and not any(row["weight"] for _, row in placed["train"]):
+        raise TaskError(f"{origin}: every weight is 0 (column {mapping['weight']!r}); expected some above 0")
     placed, cut_notes = _whole(origin, found, placed, seed)
     notes += cut_notes
     check_sizes(origin, placed)

@@ -45,10 +45,11 @@ class Regression(Pooled):
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> Regression:
-        values = [float(row["value"]) for row in task.train]
-        spread = statistics.pstdev(values) or 1.0
+        values, weights = [row["value"] for row in task.train], [row.get("weight", 1.0) for row in task.train]
+        centre = statistics.fmean(values, weights)
+        spread = statistics.fmean([(value - centre) ** 2 for value in values], weights) ** 0.5 or 1.0
         made = generator(seed, "head", cls.__name__)
-        return cls(centre=statistics.fmean(values), spread=spread, seed=made, **cls.shape(task, backbone))
+        return cls(centre=centre, spread=spread, seed=made, **cls.shape(task, backbone))
 
     def target(self, row: Row) -> Any:
         return (row["value"] - self.centre) / self.spread if "value" in row else 0.0
