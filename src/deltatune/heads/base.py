@@ -81,6 +81,8 @@ class TaskHead(SavedHead):
     """Base of the heads that a task is fitted with."""
 
     kinds: ClassVar[tuple[Kind, ...]]
+    labels: tuple[str, ...] = ()
+    """What the scores are of, in their order, where a task has labels."""
     class_weights: tuple[float, ...] | None = None
     """Weights of the labels in the loss, in their order; a matter of one training that does not travel."""
 
@@ -140,9 +142,30 @@ def collate(examples: Sequence[Example], backbone: Backbone, length: int | None 
     return Batch({name: value.to(backbone.device) for name, value in inputs.items()}, examples)
 
 
-def linear(width: int, outputs: int, generator: torch.Generator | None, *, bias: bool = True) -> nn.Linear:
+class Blocks(nn.Linear):
+    """A linear whose outputs are computed block by block, so that a further block changes no bit of those before it."""
+
+    def __init__(self, width: int, outputs: int, blocks: Sequence[int], bias: bool) -> None:
+        super().__init__(width, outputs, bias=bias)
+        self.blocks = tuple(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., outputs] of x [..., width]."""
+        biases = [None] * len(self.blocks) if self.bias is None else self.bias.split(self.blocks)
+        parts = zip(self.weight.split(self.blocks), biases, strict=True)
+        return torch.cat([nn.functional.linear(x, weight, bias) for weight, bias in parts], dim=-1)
+
+
+def linear(
+    width: int,
+    outputs: int,
+    generator: torch.Generator | None,
+    *,
+    bias: bool = True,
+    blocks: Sequence[int] = (),
+) -> Blocks:
     """A linear with weights from N(0, 0.02²) and zero biases."""
-    made = nn.Linear(width, outputs, bias=bias)
+    made = Blocks(width, outputs, blocks or (outputs,), bias)
     with torch.no_grad():
         made.weight.normal_(0.0, 0.02, generator=generator)
         if bias:

@@ -12,10 +12,11 @@ from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Row, Task
 from deltatune.delta.delta import generator
 from deltatune.heads.base import Batch, cross_entropy, row_weights, weighted_mean
+from deltatune.heads.labelled import Labelled
 from deltatune.heads.pooled import Pooled, Pooling
 
 
-class SequenceClassification(Pooled):
+class SequenceClassification(Pooled, Labelled):
     """scores [rows, labels] = W pool(hidden) + b; cross-entropy.
 
     Pooling: the mean over tokens for encoders, the last token for decoders. Parameters: (width + 1) labels.
@@ -24,15 +25,20 @@ class SequenceClassification(Pooled):
     kinds: ClassVar[tuple[Kind, ...]] = ("classification", "pair_classification")
 
     def __init__(
-        self, width: int, labels: Sequence[str], pooling: Pooling, pair: bool, seed: torch.Generator | None = None
+        self,
+        width: int,
+        labels: Sequence[str],
+        pooling: Pooling,
+        pair: bool,
+        seed: torch.Generator | None = None,
+        blocks: Sequence[int] = (),
     ) -> None:
-        super().__init__(width, len(labels), pooling, pair, seed)
-        self.labels = tuple(labels)
-        self.numbers = {label: i for i, label in enumerate(labels)}
+        super().__init__(width, len(labels), pooling, pair, seed, blocks=blocks)
+        self.name(labels)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"width": self.width, "labels": list(self.labels), "pooling": self.pooling, "pair": self.pair}
+        return {"width": self.width, **self.named, "pooling": self.pooling, "pair": self.pair}
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> SequenceClassification:

@@ -31,10 +31,11 @@ class Pooled(TaskHead):
         seed: torch.Generator | None = None,
         *,
         bias: bool = True,
+        blocks: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.width, self.pooling, self.pair = width, pooling, pair
-        self.linear = linear(width, outputs, seed, bias=bias)
+        self.linear = linear(width, outputs, seed, bias=bias, blocks=blocks)
 
     @staticmethod
     def shape(task: Task, backbone: Backbone) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def make_jobs(
         delta.head = head
         if plan.settings.class_weights is not None:
             weights = class_weights(plan.task, plan.settings.class_weights)
-            head.class_weights = tuple(weights[label] for label in plan.task.labels)
+            head.class_weights = tuple(weights[label] for label in head.labels)
         limit = min(plan.settings.max_length, room(plan.spec, backbone))
         key = (plan.task.fingerprint, repr((head.arguments, head.class_weights)), limit)
         if key not in made.encoded:
