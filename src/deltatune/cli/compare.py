@@ -70,12 +70,12 @@ def compared(a: Ready, b: Ready, first: str, second: str, task: Task, split: str
         (hit(task.kind, p, g) >= least, hit(task.kind, q, g) >= least)
         for p, q, g in zip(ours, theirs, gold, strict=True)
     ]
-    differ = [i for i in range(len(rows)) if ours[i] != theirs[i]]
+    asked = [" · ".join(inputs_written(task.kind, row)) for row in rows]
+    answers = [[written(task.kind, one[i], row) for one in (gold, ours, theirs)] for i, row in enumerate(rows)]
+    differ = [i for i, (_, first_says, second_says) in enumerate(answers) if first_says != second_says]
     differ.sort(key=lambda i: (cells[i][0] == cells[i][1], i))  # first those that one of them has right
     told = apart.low is not None and apart.high is not None and not apart.low <= 0 <= apart.high
     better = ("a" if apart.mean > 0 else "b") if told else None
-    asked = [" · ".join(inputs_written(task.kind, row)) for row in rows]
-    said_of = [[written(task.kind, one[i], row) for one in (gold, ours, theirs)] for i, row in enumerate(rows)]
     return {
         "task": task.name,
         "split": split,
@@ -97,7 +97,7 @@ def compared(a: Ready, b: Ready, first: str, second: str, task: Task, split: str
         "better": better,
         "sentence": _sentence(better, first, second, len(rows), split),
         "examples": [
-            {"row": i + 1, "input": asked[i], **dict(zip(("gold", "a", "b"), said_of[i], strict=True))}
+            {"row": i + 1, "input": asked[i], **dict(zip(("gold", "a", "b"), answers[i], strict=True))}
             for i in differ[:SHOWN]
         ],
     }  # fmt: skip
