@@ -12,8 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from tests.fit.tiny import backbone, jobs_of, plan, same_bits, task
 
 from deltatune.heads.choose import head_for
-from deltatune.training import probe as module
-from deltatune.training.probe import STRENGTHS, features, probe
+from deltatune.training import states as module
+from deltatune.training.probe import features, probe
+from deltatune.training.states import STRENGTHS
 
 
 def pieces(on, data):

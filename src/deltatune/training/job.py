@@ -16,8 +16,9 @@ from deltatune.delta.delta import Delta, generator
 from deltatune.delta.method import Spec, members
 from deltatune.heads.base import Batch, Example, TaskHead, collate
 from deltatune.heads.choose import head_for
-from deltatune.training.probe import Probe, probe
+from deltatune.training.probe import probe
 from deltatune.training.settings import Settings, rate
+from deltatune.training.states import Probe
 from deltatune.training.weights import class_weights
 
 State = Literal["waiting", "running", "done", "stopped", "nan"]

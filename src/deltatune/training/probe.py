@@ -16,20 +16,15 @@ import torch
 from torch import Tensor
 
 from deltatune.backbone.load import Backbone
-from deltatune.heads.base import Example, TaskHead, collate
+from deltatune.heads.base import Example, TaskHead
 from deltatune.heads.choice import MultipleChoice
 from deltatune.heads.classification import MultiLabel
 from deltatune.heads.pooled import Pooled
 from deltatune.heads.regression import Regression
+from deltatune.heads.span import ExtractiveSpan
 from deltatune.heads.tokens import TokenClassification
-
-# Inverse regularisation. The dev loss chooses, not the dev score: a head that knows its training rows by heart leaves a
-# delta nothing to learn from (docs/log.md, 2026-11-21).
-STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-MOST = 8000  # vectors that a probe is fitted to
-TOKENS = 2048
-
-Probe = dict[str, Tensor]
+from deltatune.training.probe_shares import probe_shares
+from deltatune.training.states import MOST, STRENGTHS, Probe, states
 
 
 def probe(head: TaskHead, train: Sequence[Example], dev: Sequence[Example], backbone: Backbone) -> Probe | None:
@@ -41,7 +36,9 @@ def probe(head: TaskHead, train: Sequence[Example], dev: Sequence[Example], back
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
 
-    if not isinstance(head, Pooled | TokenClassification) or isinstance(head, MultipleChoice):
+    if isinstance(head, MultipleChoice | ExtractiveSpan):
+        return probe_shares(head, train, dev, backbone)
+    if not isinstance(head, Pooled | TokenClassification):
         return None
     seen, seen_dev = features(head, train, backbone), features(head, dev, backbone)
     if len(seen.x) < 2:
@@ -142,27 +139,15 @@ class Features:
 def features(head: Pooled | TokenClassification, examples: Sequence[Example], backbone: Backbone) -> Features:
     """Return what a head's linear sees on the bare backbone, without items that weigh nothing."""
     found: list[tuple[int, Tensor, Tensor]] = []
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    with torch.no_grad():
-        start = 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * len(examples[order[stop]].ids) <= TOKENS:
-                stop += 1
-            chunk = [examples[i] for i in order[start:stop]]
-            batch = collate(chunk, backbone)
-            hidden = backbone.trunk(**batch.inputs).last_hidden_state
-            if isinstance(head, Pooled):
-                pooled = head.pool(hidden, batch).cpu()
-                found += [
-                    (i, pooled[n : n + 1], torch.tensor([examples[i].target])) for n, i in enumerate(order[start:stop])
-                ]
-            else:
-                for n, i in enumerate(order[start:stop]):
-                    at = torch.tensor([p for p, t in enumerate(examples[i].target) if t != -100], dtype=torch.long)
-                    target = torch.tensor([examples[i].target[p] for p in at.tolist()], dtype=torch.long)
-                    found.append((i, hidden[n, at.to(hidden.device)].float().cpu(), target))
-            start = stop
+    for numbers, batch, hidden in states(examples, backbone):
+        if isinstance(head, Pooled):
+            pooled = head.pool(hidden, batch).cpu()
+            found += [(i, pooled[n : n + 1], torch.tensor([examples[i].target])) for n, i in enumerate(numbers)]
+            continue
+        for n, i in enumerate(numbers):
+            at = torch.tensor([p for p, t in enumerate(examples[i].target) if t != -100], dtype=torch.long)
+            target = torch.tensor([examples[i].target[p] for p in at.tolist()], dtype=torch.long)
+            found.append((i, hidden[n, at.to(hidden.device)].float().cpu(), target))
     found.sort(key=lambda item: item[0])
     x, y = torch.cat([item[1] for item in found]), torch.cat([item[2] for item in found])
     weights = torch.cat([torch.full((len(item[1]),), examples[item[0]].weight) for item in found])
