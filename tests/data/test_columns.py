@@ -119,12 +119,6 @@ def test_a_second_text_makes_a_pair_unless_told_otherwise(tmp_path):
     assert load_task(path, kind="classification").kind == "classification"
 
 
-def test_multiple_choice_is_refused(tmp_path):
-    path = write(tmp_path, "rows", [{"text": "q", "choices": ["a", "b"], "label": 1}] * 40)
-    with pytest.raises(TaskError, match=r"multiple choice \(column 'choices'\) is not a kind of task here"):
-        load_task(path)
-
-
 def test_tables_and_references_are_taken_as_source_and_targets(tmp_path):
     rows = [
         {"table": [["name", f"n{i}"], ["food", "fish"]], "target": f"t{i}", "refs": [f"t{i}", "u"]} for i in range(30)

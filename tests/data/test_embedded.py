@@ -28,10 +28,11 @@ def inputs(task, split):
     return [str([row[field] for field in INPUTS[task.kind]]) for row in getattr(task, split)]
 
 
-def test_there_are_over_100_procedural_tasks_of_every_kind():
+def test_there_are_over_100_procedural_tasks_of_four_kinds():
     assert len(PROCEDURAL) > 100
-    kinds = Counter(load_task(name).kind for name in PROCEDURAL)
-    assert kinds.keys() == {"classification", "pair_classification", "token_classification", "generation"}
+    assert Counter(load_task(name).kind for name in PROCEDURAL).keys() == {
+        "classification", "pair_classification", "token_classification", "generation"
+    }  # fmt: skip
     assert all(line and "\n" not in line and "<" not in line for line in embedded_tasks().values())
 
 

@@ -12,8 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from tests.fit.tiny import backbone, jobs_of, plan, same_bits, task
 
 from deltatune.heads.choose import head_for
-from deltatune.training import probe as module
-from deltatune.training.probe import STRENGTHS, features, probe
+from deltatune.training import states as module
+from deltatune.training.probe import features, probe
+from deltatune.training.states import STRENGTHS
 
 
 def pieces(on, data):
@@ -58,17 +59,19 @@ def test_it_equals_scikit_learn_on_the_features(kind):
 def test_features_are_in_the_order_of_the_rows_and_do_not_depend_on_how_they_are_batched(monkeypatch):
     on, data = backbone(), task()
     head, train, _ = pieces(on, data)
-    x, y = features(head, train, on)
+    seen = features(head, train, on)
+    x, y = seen.x, seen.y
     expected = by_hand(on, data)[0]
     assert x.numpy() == pytest.approx(expected[0], abs=1e-5) and y.tolist() == expected[1].tolist()
     monkeypatch.setattr(module, "TOKENS", 1)
-    assert torch.allclose(features(head, train, on)[0], x, atol=1e-5)
+    assert torch.allclose(features(head, train, on).x, x, atol=1e-5)
 
 
 def test_tokens_give_a_vector_for_each_word_that_is_counted():
     on, data = backbone(), task("token_classification")
     head, train, dev = pieces(on, data)
-    x, y = features(head, train, on)
+    seen = features(head, train, on)
+    x, y = seen.x, seen.y
     assert len(x) == len(y) == sum(len(row["tokens"]) for row in data.train)
     assert [data.labels[i] for i in y.tolist()] == [tag for row in data.train for tag in row["tags"]]
     with torch.no_grad():

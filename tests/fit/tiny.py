@@ -67,6 +67,17 @@ def _row(kind: Kind, rng: random.Random, longest: int) -> dict[str, Any]:
     if kind == "token_classification":
         tags = ["B-low" if word in WORDS[:20] else "B-high" if word in WORDS[60:] else "O" for word in words]
         return {"tokens": words, "tags": tags}
+    if kind == "multiple_choice":
+        label = rng.randrange(3)
+        choices = [" ".join(_words(rng, topic if i == label else (topic + 1 + i) % 3, 2)) for i in range(3)]
+        return {"text": " ".join(words), "choices": choices[: max(2, label + 1)], "label": label}
+    if kind == "extractive_span":
+        words = [f"w{number}" for number in rng.sample(range(60), rng.randrange(9, 3 * max(longest, 4)))]
+        words[3 * topic + 1] = f"w{60 + topic}"
+        answer = " ".join(words[3 * topic : 3 * topic + 2])
+        context = " ".join(words)
+        start = len(" ".join([*words[: 3 * topic], ""]))
+        return {"context": context, "question": f"w{60 + topic}", "answers": [{"text": answer, "start": start}]}
     return {"source": " ".join(words), "target": words[0]}
 
 
@@ -79,10 +90,11 @@ def task(kind: Kind = "classification", name: str = "", rows: int = 40, longest:
         "classification": ("bad", "fine", "good"),
         "pair_classification": ("bad", "good"),
         "token_classification": ("B-high", "B-low", "O"),
-        "generation": (),
     }
-    metrics = {"token_classification": "entity_f1", "generation": "exact_match"}
-    return Task(name or kind, kind, metrics.get(kind, "accuracy"), train, dev, test, labels[kind], source="made here")
+    metrics = {"token_classification": "entity_f1", "generation": "exact_match", "extractive_span": "squad_f1"}
+    return Task(
+        name or kind, kind, metrics.get(kind, "accuracy"), train, dev, test, labels.get(kind, ()), source="made here"
+    )
 
 
 def plan(delta: str, on: Task | None = None, seed: int = 0, settings: Settings = QUICK, **changes: Any) -> Plan:

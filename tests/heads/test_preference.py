@@ -97,9 +97,9 @@ def test_long_answers_are_cut_and_a_cut_one_has_no_end() -> None:
     head = Preference("{prompt}")
     row = {"prompt": "w1 " * 30, "chosen": "w2 " * 30, "rejected": "w3"}
     (example,) = head.encode([row], on, 20)
-    words = [on.processor.convert_ids_to_tokens(list(text.ids)) for text in example.texts]
+    words = [on.processor.convert_ids_to_tokens(list(text.ids)) for text in example.sequences]
     assert words == [["w1"] * 10 + ["w2"] * 10, ["w1"] * 10 + ["w3", "[SEP]"]]
-    assert [sum(t != -100 for t in text.target) for text in example.texts] == [10, 2]
+    assert [sum(t != -100 for t in text.target) for text in example.sequences] == [10, 2]
 
 
 def test_an_encoder_has_no_preferences(tmp_path: Path) -> None:

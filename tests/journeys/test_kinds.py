@@ -1,101 +1,113 @@
-"""Embeddings, preferences and conversations from the command line: fitted, scored, compared, predicted, exported."""
+"""Every kind of task takes the whole way: fit, predict texts and a file, eval, compare, report."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from .conftest import Run, rows, write_jsonl
+from .conftest import BAD, GOOD, THINGS, Run, rows, write_csv, write_jsonl
 
-QUICK = "--steps 20 --batch 8 --lr 0.01 --max-length 48 --precision float32"
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] + ': ' + m.content + '<end>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'a: ' }}{% endif %}"
+
+def content(kind: str) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = []
+    for i, row in enumerate(rows()):
+        text, words = row["review"], row["review"].split()
+        right = GOOD[i // 2 % 2] if i % 2 else BAD[i // 2 % 2]
+        made.append(
+            {
+                "multi_label": {"text": text, "labels": f"{words[1]}; {row['stars']}"},
+                "regression": {"text": text, "value": i % 7 + 0.5},
+                "pair_regression": {"text": text, "text_b": words[-1], "value": i % 7},
+                "multiple_choice": {"text": text, "choices": f"{right} | {THINGS[i % 6]} | the", "label": 0},
+                "extractive_span": {"context": text, "question": "is", "answers": words[-1]},
+            }[kind]
+        )
+    return made
+
+
+TEXTS = {
+    "multi_label": ["the film is great"],
+    "regression": ["the film is great"],
+    "pair_regression": ["the film is great", "great"],
+    "multiple_choice": ["the film is great", "great", "awful"],
+    "extractive_span": ["the film is great", "is"],
+}
+ANSWER = {
+    "multi_label": "labels",
+    "regression": "value",
+    "pair_regression": "value",
+    "multiple_choice": "label",
+    "extractive_span": "answer",
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_kind_takes_the_whole_way(kind: str, run: Run, encoder: Path, tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "task.csv", content(kind))
+    said = run(f"fit --task {file} --delta lora bitfit --steps 4 --batch 8 --backbone {encoder} --out out")
+    assert said.status == 0, said.err
+    result = json.loads(Path("out/result.json").read_text())
+    assert result["task"]["kind"] == kind and len(result["examples"]) == result["task"]["rows"]["test"]
+    lora, bitfit = "out/task/lora/0", "out/task/bitfit/0"
+    (one,) = run(f"predict {lora} --json", *TEXTS[kind]).json()["predictions"]
+    answer = one[ANSWER[kind]]
+    types = {"multi_label": list, "multiple_choice": int, "extractive_span": str}
+    assert isinstance(answer, types.get(kind, float))
+    if kind == "extractive_span":
+        assert answer in TEXTS[kind][0]
+    assert (one["confidence"] is None) == ("regression" in kind)
+    shown = run(f"predict {lora}", *TEXTS[kind]).out
+    assert TEXTS[kind][0] in shown
+    assert kind != "multiple_choice" or f"({answer}) {TEXTS[kind][1 + answer]}" in shown
+    assert len(run(f"predict {lora} {file} --json").json()["predictions"]) == 60
+    assert run(f"predict {lora} {file} --out answers.csv").status == 0
+    found = run(f"eval {lora} --task {file} --json").json()
+    recorded = json.loads((tmp_path / lora / "delta.json").read_text())["record"]["metrics"]["test"]
+    assert recorded == {found["metric"]: pytest.approx(found["score"]["value"], abs=1e-5)}
+    assert run(f"eval {lora} --task {file}").status == 0
+    compared = run(f"compare {lora} {bitfit} --task {file} --json").json()
+    counts = compared["disagreement"]
+    assert sum(counts[key] for key in ("both_right", "only_a_right", "only_b_right", "both_wrong")) == compared["rows"]
+    assert all(one["a"] != one["b"] for one in compared["examples"])
+    before = Path("out/report.html").read_text()
+    assert run("report out").status == 0
+    assert "<html" in before and kind.replace("_", " ") in Path("out/report.html").read_text()
+
+
+def test_rows_and_classes_may_weigh(run: Run, encoder: Path, tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "task.csv", [{**row, "w": str(i % 3)} for i, row in enumerate(rows())])
+    line = f"fit --task {file} --delta head --steps 2 --backbone {encoder} --json"
+    columns = "--columns text=review,label=stars"
+    found = [
+        run(f"{line} {columns}{more}").json()["runs"][0]
+        for more in ("", ",weight=w", " --class-weights pos=9,neg=1", " --class-weights balanced")
+    ]
+    assert len({one["curve"][0]["loss"] for one in found[:3]}) == 3
+    assert [one["settings"]["class_weights"] for one in found] == [None, None, {"pos": 9.0, "neg": 1.0}, "balanced"]
+    # As many are good as bad.
+    assert found[3]["curve"][0]["loss"] == pytest.approx(found[0]["curve"][0]["loss"], rel=0.05)
+    for weights, said in (
+        ("pos=much", "got 'pos=much', expected LABEL=WEIGHT"),
+        ("poss=2", "unknown label 'poss'; nearest: pos"),
+        ("even", "unknown class_weights 'even'; valid: balanced"),
+        ("pos=-1", "'pos' has -1.0; expected 0 or more"),
+    ):
+        assert said in run(f"{line} {columns} --class-weights {weights}").mistake()
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "said"),
+    [
+        ("multiple_choice", ["the film", "great"], "got 2 texts, expected one and two choices or more"),
+        ("extractive_span", ["the film"], "got 1 texts, expected a context and its question"),
+    ],
 )
-
-
-@pytest.fixture(scope="module")
-def talker(decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The decoder, with a chat template in its tokenizer."""
-    folder = tmp_path_factory.mktemp("chat") / "tiny-talker"
-    shutil.copytree(decoder, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
-
-
-def files(folder: Path) -> dict[str, Path]:
-    texts = [f"{i} {row['review']}" for i, row in enumerate(rows(60))]
-    answer = {"role": "assistant", "content": "ok"}
-    made = {
-        "embedding": [{"anchor": text, "positive": " ".join(text.split()[-3:])} for text in texts],
-        "preference": [{"prompt": text, "chosen": "ok", "rejected": "no way"} for text in texts],
-        "chat": [{"messages": [{"role": "user", "content": text[:14]}, answer]} for text in texts],
-    }
-    return {kind: write_jsonl(folder / f"{kind}.jsonl", part) for kind, part in made.items()}
-
-
-@pytest.mark.parametrize("kind", ["embedding", "preference", "chat"])
-def test_a_kind_goes_all_the_way(run: Run, kind: str, encoder: Path, talker: Path, tmp_path: Path) -> None:
-    on, file = (encoder if kind == "embedding" else talker), files(tmp_path)[kind]
-    said = run(f"fit --task {file} --backbone {on} --delta lora bitfit --out out {QUICK} --json").json()
-    metric = {"embedding": "mrr_at_10", "preference": "preference_accuracy", "chat": "inverse_perplexity"}[kind]
-    assert all(0 <= one["metrics"]["test"][metric] <= 1 for one in said["runs"])
-    assert (tmp_path / "out" / "report.html").is_file()
-    folder = Path("out") / kind / "lora" / "0"
-    scored = run(f"eval {folder} --task {file} --json").json()
-    again = next(one for one in said["runs"] if one["delta"] == "lora")["metrics"]["test"][metric]
-    assert scored["score"]["value"] == pytest.approx(again) and scored["metric"] == metric
-    baseline = {"preference": "always neither", "chat": "always perplexity inf"}.get(kind, "always")
-    assert baseline in run(f"eval {folder} --task {file}").out
-    compared = run(f"compare {folder} out/{kind}/bitfit/0 --task {file}").out
-    assert ("Right on a row" in compared) == (kind != "chat")
-
-
-def test_a_text_gets_its_vector_and_the_folder_is_a_sentence_transformer(
-    run: Run, encoder: Path, tmp_path: Path
+def test_texts_that_do_not_make_a_row_are_refused(
+    kind: str, texts: list[str], said: str, run: Run, encoder: Path, tmp_path: Path
 ) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    run(f"fit --task {files(tmp_path)['embedding']} --backbone {encoder} --delta lora adapter --out out {QUICK}")
-    text = rows(60)[0]["review"]
-    (made,) = run("predict out/embedding/lora/0 --json", text).json()["predictions"]
-    assert made["anchor"] == text and len(made["embedding"]) == 32 and made["confidence"] is None
-    assert "32 numbers: " in run("predict out/embedding/lora/0", text).out
-    run("predict out/embedding/lora/0 --out vectors.jsonl", text)
-    assert json.loads((tmp_path / "vectors.jsonl").read_text())["embedding"] == made["embedding"]
-    said = run("export out/embedding/lora/0 --to sentence-transformers --out st --json").json()
-    assert said["use"] == 'sentence_transformers.SentenceTransformer("st")'
-    found = SentenceTransformer("st", device="cpu").encode([text])[0]
-    assert found == pytest.approx(made["embedding"], abs=1e-5)
-    assert "cannot be merged" in run("export out/embedding/adapter/0 --to sentence-transformers --out no").mistake()
-    assert "st exists already" in run("export out/embedding/lora/0 --to sentence-transformers --out st").mistake()
-    assert not Path("no").exists()
-
-
-def test_other_deltas_are_no_sentence_transformers(run: Run, lora: Path) -> None:
-    said = run(f"export {lora} --to sentence-transformers --out st").mistake()
-    assert "makes no embeddings: its head is SequenceClassification" in said
-
-
-def test_answers_are_preferred_and_written(run: Run, talker: Path, tmp_path: Path) -> None:
-    made = files(tmp_path)
-    run(f"fit --task {made['preference']} --backbone {talker} --delta lora --out p {QUICK}")
-    (one,) = run("predict p --json", "the soup", "ok", "no way").json()["predictions"]
-    (other,) = run("predict p --json", "the soup", "no way", "ok").json()["predictions"]
-    assert one["margin"] == pytest.approx(-other["margin"], abs=1e-6) and one["margin"] > 0
-    assert one["confidence"] == pytest.approx(other["confidence"]) and 0.5 < one["confidence"] < 1
-    assert "expected three a row" in run("predict p", "the soup", "ok").mistake()
-    run(f"fit --task {made['chat']} --backbone {talker} --delta lora --out c {QUICK} --steps 120")
-    (said,) = run("predict c --json", "the soup").json()["predictions"]
-    assert said["messages"] == [{"role": "user", "content": "the soup"}] and said["prediction"] == "ok"
-    # The answers that a file has are not shown to the model, which writes its own.
-    several = run(f"predict c {made['chat']} --json").json()["predictions"]
-    assert len(several) == 60 and {row["messages"][-1]["role"] for row in several} == {"user"}
-
-
-def test_rows_to_stream_are_counted_for_the_hub_only(run: Run, named: Path) -> None:
-    said = run(f"fit --task {named} --delta lora --max-rows 20").mistake()
-    assert "max_rows=20: expected 1 or more, of a data set of the hub" in said
+    file = write_jsonl(tmp_path / "task.jsonl", content(kind))
+    assert run(f"fit --task {file} --delta head --steps 1 --backbone {encoder} --out out").status == 0
+    assert said in run("predict out", *texts).mistake()

@@ -119,5 +119,22 @@ def test_words_carry_the_tags_of_both() -> None:
 
 def test_spaces_do_not_make_an_error() -> None:
     row: Any = {"row": 0, "input": "", "gold": "get  path\n", "predictions": {A: " get path", B: "getpath"}}
-    assert failures.right(row, A) and not failures.right(row, B)
+    right = failures.judge(of_kind("generation"))
+    assert right(row, A) and not right(row, B)
     assert re.sub(r"\s", "", row["gold"]) == row["predictions"][B]
+
+
+def of_kind(kind: str, *gold: str) -> Any:
+    """A result with no more than a kind and gold answers."""
+    return {"task": {"kind": kind}, "examples": [{"gold": text} for text in gold]}
+
+
+def test_right_is_what_the_kind_calls_so() -> None:
+    row: Any = {"row": 0, "input": "", "gold": "the Panthers", "predictions": {A: "Panthers!", B: "Panther"}}
+    assert not failures.judge(of_kind("generation"))(row, A)
+    span = failures.judge(of_kind("extractive_span"))
+    assert span(row, A) and not span(row, B)
+    # Half a standard deviation of 1 and 3 is a half.
+    number = failures.judge(of_kind("regression", "1", "3"))
+    row = {"row": 0, "input": "", "gold": "3", "predictions": {A: "2.5", B: "2.4"}}
+    assert number(row, A) and not number(row, B)

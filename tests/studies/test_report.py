@@ -309,7 +309,7 @@ def test_a_path_that_cannot_be_a_file_is_refused(tmp_path: Path, sample: Result)
         (lambda result: result.update(schema="deltatune.result/9"), "got schema 'deltatune.result/9', expected"),
         (lambda result: result.pop("sentence"), "at sentence: Field required"),
         (lambda result: result["runs"][3].update(seed="three"), r"at runs\.3\.seed: .*got 'three'"),
-        (lambda result: result["task"].update(kind="regression"), r"at task\.kind: "),
+        (lambda result: result["task"].update(kind="riddle"), r"at task\.kind: "),
     ],
 )
 def test_a_result_that_does_not_fit_is_refused_in_one_line(change: Callable[[Result], object], message: str) -> None:

@@ -55,7 +55,7 @@ def compare(
 def compared(a: Ready, b: Ready, first: str, second: str, task: Task, split: str) -> dict[str, Any]:
     """Return what `--json` prints of two deltas on a split of a task."""
     from deltatune.cli.scoring import mcnemar, said
-    from deltatune.data.answers import hit, within, written
+    from deltatune.data.answers import hit, inputs_written, within, written
     from deltatune.data.metrics import references
     from deltatune.data.scores import difference_interval, resamples, score_interval
     from deltatune.training.evaluate import task_rows
@@ -70,7 +70,9 @@ def compared(a: Ready, b: Ready, first: str, second: str, task: Task, split: str
         (hit(task.kind, p, g) >= least, hit(task.kind, q, g) >= least)
         for p, q, g in zip(ours, theirs, gold, strict=True)
     ]
-    differ = [i for i in range(len(rows)) if ours[i] != theirs[i]]
+    asked = [" · ".join(inputs_written(task.kind, row)) for row in rows]
+    answers = [[written(task.kind, one[i], row) for one in (gold, ours, theirs)] for i, row in enumerate(rows)]
+    differ = [i for i, (_, first_says, second_says) in enumerate(answers) if first_says != second_says]
     differ.sort(key=lambda i: (cells[i][0] == cells[i][1], i))  # first those that one of them has right
     told = apart.low is not None and apart.high is not None and not apart.low <= 0 <= apart.high
     better = ("a" if apart.mean > 0 else "b") if told else None
@@ -95,8 +97,7 @@ def compared(a: Ready, b: Ready, first: str, second: str, task: Task, split: str
         "better": better,
         "sentence": _sentence(better, first, second, len(rows), split),
         "examples": [
-            {"row": i + 1, "input": text_of(rows[i]), "gold": written(task.kind, gold[i]),
-             "a": written(task.kind, ours[i]), "b": written(task.kind, theirs[i])}
+            {"row": i + 1, "input": asked[i], **dict(zip(("gold", "a", "b"), answers[i], strict=True))}
             for i in differ[:SHOWN]
         ],
     }  # fmt: skip
@@ -114,15 +115,6 @@ def _right(kind: str, near: float | None) -> str | None:
     if kind == "chat":
         return None
     return "" if near is None else f" (within half a standard deviation, {near:.3g})"
-
-
-def text_of(row: dict[str, Any]) -> str:
-    """Return the inputs of a row as one text."""
-    from deltatune.data.split import as_text
-    from deltatune.data.task import INPUTS
-
-    parts = (row[field] for field in dict.fromkeys(f for fields in INPUTS.values() for f in fields) if field in row)
-    return " · ".join(map(as_text, parts))
 
 
 def _shown(result: dict[str, Any]) -> Sequence[RenderableType]:

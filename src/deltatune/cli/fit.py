@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from deltatune.cli.options import AsJson, BackboneName, Columns, Limit, MaxRows, columns_of, task_names
+from deltatune.cli.options import (
+    AsJson,
+    BackboneName,
+    ClassWeightsText,
+    Columns,
+    Limit,
+    MaxRows,
+    class_weights_of,
+    columns_of,
+    task_names,
+)
 from deltatune.cli.output import say
 from deltatune.cli.training import command_of, finished, settings_from, watched
 
@@ -52,6 +62,7 @@ def fit(
     patience: Annotated[
         int | None, typer.Option("--patience", help="Stop after so many evaluations without a better dev score.")
     ] = None,
+    class_weights: ClassWeightsText = None,
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"] | None, typer.Option("--precision", help="Of the backbone.")
     ] = None,
@@ -70,8 +81,9 @@ def fit(
     from deltatune.training.job import Plan
 
     settings = settings_from(
-        lr=lr, steps=steps, epochs=epochs, batch=batch, max_length=max_length, patience=patience, precision=precision
-    )
+        lr=lr, steps=steps, epochs=epochs, batch=batch, max_length=max_length, patience=patience, precision=precision,
+        class_weights=class_weights_of(class_weights),
+    )  # fmt: skip
     specs = [(text, parse(text)) for text in delta]
     if out is not None and not dry_run:
         check_out(out)

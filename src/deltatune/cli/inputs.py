@@ -37,7 +37,8 @@ def inputs_of(words: Sequence[str], kind: Kind, columns: Mapping[str, str]) -> I
         return _from_table(formats.read_table(path), kind, columns)
     if columns:
         raise UserError("--columns is for a file; texts on the command line have no columns")
-    return Inputs(_from_texts(words, kind), [{} for _ in words])
+    rows = _from_texts(words, kind)
+    return Inputs(rows, [{} for _ in rows])
 
 
 def _from_texts(texts: Sequence[str], kind: Kind) -> list[Row]:
@@ -52,6 +53,18 @@ def _from_texts(texts: Sequence[str], kind: Kind) -> list[Row]:
         return [{"text": a, "text_b": b} for a, b in zip(texts[::2], texts[1::2], strict=True)]
     if kind == "token_classification":
         return [{"tokens": text.split()} for text in texts]
+    if kind == "multiple_choice":
+        if len(texts) < 3:
+            raise TaskError(
+                f"this delta chooses: got {len(texts)} texts, expected one and two choices or more, or a file"
+            )
+        return [{"text": texts[0], "choices": list(texts[1:])}]
+    if kind == "extractive_span":
+        if len(texts) % 2:
+            raise TaskError(
+                f"this delta finds answers: got {len(texts)} texts, expected a context and its question, or a file"
+            )
+        return [{"context": a, "question": b} for a, b in zip(texts[::2], texts[1::2], strict=True)]
     if kind == "chat":
         return [{"messages": [{"role": "user", "content": text}]} for text in texts]
     if kind == "preference":
@@ -67,11 +80,13 @@ def _from_table(table: Table, kind: Kind, columns: Mapping[str, str]) -> Inputs:
 
     fields = INPUTS[kind]
     for field in columns:
-        if not any(field in own for part in (FIELDS, OPTIONAL) for own in part.values()):
+        if field not in (*FIELDS[kind], *OPTIONAL[kind]):
             raise TaskError(f"--columns names the field {field!r}; this delta reads {', '.join(fields)}")
     mapping = {}
     for field in fields:
         column = columns.get(field, field if field in table.columns else OTHER_NAMES.get(field, field))
+        if column not in table.columns and field in OPTIONAL[kind] and field not in columns:
+            continue
         if column not in table.columns:
             raise TaskError(
                 f"{table.name} has columns {', '.join(table.columns[:20])}; expected {', '.join(fields)}"
@@ -79,7 +94,11 @@ def _from_table(table: Table, kind: Kind, columns: Mapping[str, str]) -> Inputs:
             )
         mapping[field] = column
     rows = [
-        {field: _cell(cells.get(column), field, f"{table.name}: {place}", column) for field, column in mapping.items()}
+        {
+            field: _cell(cells.get(column), field, f"{table.name}: {place}", column)
+            for field, column in mapping.items()
+            if field not in OPTIONAL[kind] or cells.get(column) not in (None, "")
+        }
         for place, cells in zip(table.places, table.rows, strict=True)
     ]
     return Inputs(rows, table.rows)
@@ -107,6 +126,10 @@ def _cell(cell: Any, field: str, where: str, column: str) -> Any:
         if not isinstance(cell, list) or not cell or not all(isinstance(word, str) and word for word in cell):
             raise TaskError(f"{where}: tokens (column {column!r}) has to be a list of words, none of them empty")
         return cell
+    if field == "choices":
+        from deltatune.data.choices import choices_of
+
+        return choices_of(cell, where)
     if isinstance(cell, list | dict):
         raise TaskError(f"{where}: {field} (column {column!r}) is a list or a record; expected a text")
     if cell is None or not str(cell).strip():

@@ -68,6 +68,32 @@ MaxRows = Annotated[
 ]
 
 
+ClassWeightsText = Annotated[
+    str | None,
+    typer.Option(
+        "--class-weights",
+        metavar="balanced | LABEL=WEIGHT,...",
+        help="What labels weigh in the loss; rows weigh by a column: --columns weight=COLUMN.",
+    ),
+]
+
+
+def class_weights_of(text: str | None) -> str | dict[str, float] | None:
+    """Read `balanced` or `spam=5,ham=1`. UserError for a part that is no label with a number."""
+    if text is None or "=" not in text:
+        return text
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        label, sign, weight = part.rpartition("=")
+        try:
+            found[label.strip()] = float(weight)
+        except ValueError:
+            sign = ""
+        if not sign:
+            raise UserError(f"--class-weights {text!r}: got {part!r}, expected LABEL=WEIGHT,... such as spam=5,ham=1")
+    return found
+
+
 def columns_of(text: str | None) -> dict[str, str]:
     """Read `text=review,label=stars`. UserError for a part without a field or a column."""
     found: dict[str, str] = {}

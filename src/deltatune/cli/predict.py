@@ -35,7 +35,9 @@ def predict(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="TEXT... | FILE", show_default=False, help="Texts (two for each pair), or a file of rows."
+            metavar="TEXT... | FILE",
+            show_default=False,
+            help="Texts (two for each pair; a text and its choices; a context and its question), or a file of rows.",
         ),
     ],
     columns: Columns = None,
@@ -46,7 +48,7 @@ def predict(
     backbone: OtherBackbone = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict with a saved delta: label and confidence for each text, tags for its words, or an answer."""
+    """Predict with a saved delta: label and confidence for each text, tags for its words, a choice, or an answer."""
     from deltatune.cli.inputs import inputs_of
     from deltatune.cli.saved import ready
     from deltatune.data.task import FIELDS
@@ -82,16 +84,13 @@ def predict(
 
 
 def _table(one: Ready, predictions: Sequence[dict[str, Any]], answer: str) -> Table:
-    from deltatune.data.answers import written
-    from deltatune.data.split import as_text
-    from deltatune.data.task import INPUTS
+    from deltatune.data.answers import inputs_written, written
     from deltatune.studies.formatting import cut
 
     kind = one.task["kind"]
     made = table(answer, "confidence", "input", right=("confidence",))
     for row in predictions:
-        words = [as_text(row[field]) for field in INPUTS[kind]]
-        text, value = cut(" · ".join(words), LONGEST), written(kind, row[answer])
+        text, value = cut(" · ".join(inputs_written(kind, row)), LONGEST), written(kind, row[answer], row)
         made.add_row(value, "–" if row["confidence"] is None else f"{row['confidence']:.3f}", text)
     return made
 

@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from deltatune.cli.options import AsJson, BackboneName, Columns, Limit, MaxRows, columns_of, task_names
+from deltatune.cli.options import (
+    AsJson,
+    BackboneName,
+    ClassWeightsText,
+    Columns,
+    Limit,
+    MaxRows,
+    class_weights_of,
+    columns_of,
+    task_names,
+)
 from deltatune.cli.output import say
 from deltatune.cli.training import command_of, finished, settings_from, watched
 
@@ -44,6 +54,7 @@ def tune(
     max_rows: MaxRows = None,
     batch: Annotated[int | None, typer.Option("--batch", help="Rows in a step.")] = None,
     max_length: Annotated[int | None, typer.Option("--max-length", help="Longest input in tokens.")] = None,
+    class_weights: ClassWeightsText = None,
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"] | None, typer.Option("--precision", help="Of the backbone.")
     ] = None,
@@ -58,7 +69,9 @@ def tune(
     from deltatune.studies.verbs import tune as find
     from deltatune.training.budget import Budget
 
-    settings = settings_from(batch=batch, max_length=max_length, precision=precision)
+    settings = settings_from(
+        batch=batch, max_length=max_length, precision=precision, class_weights=class_weights_of(class_weights)
+    )
     Budget.parse(budget)
     if out is not None:
         check_out(out)

@@ -7,14 +7,17 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from deltatune.data.task import NUMBERS, Kind
+from deltatune.data.spans import squad_match
+from deltatune.data.split import as_text
+from deltatune.data.task import INPUTS, NUMBERS, Kind, Row
 
 
 def hit(kind: Kind, prediction: Any, gold: Any) -> float:
     """Return how right a prediction is, by row: 1 or 0, or for numbers minus the distance.
 
-    Right is the label, all tags or labels, one of the accepted texts (white space apart), the positive that is ranked
-    first, or a reward that prefers the chosen answer. Of a conversation it is the mean log-probability of a token.
+    Right is the label, all tags or labels, one of the accepted texts (white space apart; of spans whatever SQuAD's
+    script leaves out), the positive that is ranked first, or a reward that prefers the chosen answer. Of a conversation
+    it is the mean log-probability of a token.
     """
     if kind == "chat":
         return float(prediction[0] / max(1, prediction[1]))
@@ -24,6 +27,8 @@ def hit(kind: Kind, prediction: Any, gold: Any) -> float:
         return float(prediction[:1] == [gold])
     if kind in NUMBERS:
         return -abs(float(prediction) - float(gold))
+    if kind == "extractive_span":
+        return max(squad_match(prediction, answer) for answer in gold)
     if kind == "generation":
         accepted = gold if isinstance(gold, list) else [gold]
         return float(prediction.split() in [answer.split() for answer in accepted])
@@ -35,8 +40,24 @@ def within(kind: Kind, golds: Sequence[float]) -> float | None:
     return 0.5 * statistics.pstdev(golds) if kind in NUMBERS else None
 
 
-def written(kind: Kind, answer: Any) -> str:
-    """Return a label, tags, labels, a number, the accepted texts, a preference or what is nearest as one text."""
+def inputs_written(kind: Kind, row: Row) -> list[str]:
+    """Return the inputs of a row as texts, choices with their numbers."""
+    texts = []
+    for field in INPUTS[kind]:
+        if field == "choices":
+            texts += [f"({i}) {choice}" for i, choice in enumerate(row[field])]
+        elif field in row:
+            texts.append(as_text(row[field]))
+    return texts
+
+
+def written(kind: Kind, answer: Any, row: Row | None = None) -> str:
+    """Return a label, tags, labels, a number, a choice, the accepted texts, a preference or what is nearest as one text.
+
+    A choice has its words where the row is given.
+    """
+    if kind == "multiple_choice":
+        return f"({answer}) {row['choices'][answer]}" if row else f"({answer})"
     if kind == "preference" and not isinstance(answer, str):
         return "chosen" if answer > 0 else "rejected" if answer < 0 else "neither"
     if kind == "chat" and not isinstance(answer, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from deltatune.data.rows import Placed
 from deltatune.data.split import LEAST
@@ -69,7 +69,7 @@ def check_label_sets(name: str, placed: list[Placed]) -> None:
         raise TaskError(f"{name}: expected two different labels or more over all rows, got {had}; name another column")
 
 
-def check_answered(placed: list[Placed]) -> None:
+def check_answered(name: str, placed: list[Placed]) -> None:
     """Raise TaskError for a conversation that does not end with an answer; says which row."""
     for where, row in placed:
         role = row["messages"][-1]["role"]
@@ -77,6 +77,16 @@ def check_answered(placed: list[Placed]) -> None:
             raise TaskError(
                 f"{where}: the last message is of the role {role!r}; expected the assistant's, which is what is learnt"
             )
+
+
+CHECKS: Mapping[Kind, Callable[[str, list[Placed]], None]] = {
+    "classification": check_classes,
+    "pair_classification": check_classes,
+    "multi_label": check_label_sets,
+    "regression": check_values,
+    "pair_regression": check_values,
+}
+"""What the training rows of a kind have to be."""
 
 
 def known_only(splits: Mapping[str, list[Placed]]) -> tuple[dict[str, list[Placed]], int]:

@@ -23,6 +23,10 @@ LIKELY: Mapping[str, str] = {
     "label": "label class category sentiment stars rating intent topic polarity emotion type gold y target score",
     "labels": "labels tags topics genres categories emotions",
     "value": "value score similarity rating stars y target",
+    "choices": "choices options endings alternatives candidates",
+    "context": "context passage paragraph article document",
+    "question": "question query",
+    "answers": "answers answer",
     "tokens": "tokens words",
     "tags": "tags ner_tags labels slots bio pos_tags ner",
     "source": "source input article document question prompt src instruction code",
@@ -38,6 +42,11 @@ PROPOSED: tuple[Kind, ...] = ("classification", "pair_classification", "token_cl
 LONGEST_LABEL = 5  # words in a cell on average, above which a column is no label
 MOST_DISTINCT = 0.5  # share of distinct values, above which a column hardly is one
 WORDY = 1.2  # words in a cell on average, above which a column is text and not a name or a number
+MORE: tuple[tuple[Kind, Kind], ...] = (
+    ("pair_classification", "classification"),
+    ("pair_regression", "regression"),
+    ("multiple_choice", "classification"),
+)  # the first of each has a field more, which is there to be read
 TOGETHER = (("premise", "hypothesis"), ("query", "passage"), ("query", "document"), ("question", "sentence"))
 
 
@@ -50,7 +59,8 @@ def resolve(table: Table, columns: Mapping[str, str] | None, kind: Kind | None) 
     if kind is not None and kind not in FIELDS:
         raise UnknownName("kind", kind, FIELDS)
     given = _given(table, columns or {})
-    fields = {*FIELDS_ALL} & set(table.columns)
+    # A column called weight may be of anything, and is not taken without being asked for.
+    fields = ({*FIELDS_ALL} & set(table.columns)) - {"weight"}
     mapping = {field: field for field in fields} | given
     for field, other in OTHER_NAMES.items():
         if field not in mapping and other in table.columns:
@@ -58,14 +68,9 @@ def resolve(table: Table, columns: Mapping[str, str] | None, kind: Kind | None) 
     fitting: list[Kind] = [k for k in get_args(Kind) if set(FIELDS[k]) <= mapping.keys() and (kind or k) == k]
     # Fields that were named say which kind is meant, whatever else stands in the file.
     fitting = [k for k in fitting if given.keys() <= _allowed(k)]
-    for pair, single in (("pair_classification", "classification"), ("pair_regression", "regression")):
-        if pair in fitting and single in fitting:
-            fitting.remove(single)
-    if kind is None and "choices" in table.columns and "choices" not in given.values():
-        raise TaskError(
-            f"{table.name}: multiple choice (column 'choices') is not a kind of task here; "
-            f"expected {', '.join(FIELDS)}; say with kind= how to read the other columns, or remove 'choices'"
-        )
+    for more, less in MORE:
+        if more in fitting and less in fitting:
+            fitting.remove(less)
     if len(fitting) > 1:
         raise TaskError(f"{table.name} fits {' and '.join(fitting)}; say which one with kind={fitting[0]!r}")
     if not fitting:
@@ -74,7 +79,7 @@ def resolve(table: Table, columns: Mapping[str, str] | None, kind: Kind | None) 
 
 
 def _allowed(kind: Kind) -> set[str]:
-    return {*FIELDS[kind], *OPTIONAL.get(kind, ())}
+    return {*FIELDS[kind], *OPTIONAL[kind]}
 
 
 def _given(table: Table, columns: Mapping[str, str]) -> dict[str, str]:
@@ -122,9 +127,12 @@ def propose(table: Table, kind: Kind | None, given: Mapping[str, str]) -> dict[s
     measured = (_measure(name, table) for name in table.columns if name not in given.values())
     free = [column for column in measured if column is not None]
     # Numbers and sets of labels are proposed to those who ask for them: a column of stars is a label otherwise.
-    asked: dict[str, tuple[Kind, ...]] = {"value": NUMBERS, "labels": ("multi_label",), "messages": ("chat",)}
-    asked |= dict.fromkeys(("anchor", "positive"), ("embedding",))
-    asked |= dict.fromkeys(("prompt", "chosen", "rejected"), ("preference",))
+    asked: dict[str, tuple[Kind, ...]] = {
+        "value": NUMBERS, "labels": ("multi_label",), "choices": ("multiple_choice",),
+        "answers": ("extractive_span",), "context": ("extractive_span", "multiple_choice"), "messages": ("chat",),
+        **dict.fromkeys(("anchor", "positive"), ("embedding",)),
+        **dict.fromkeys(("prompt", "chosen", "rejected"), ("preference",)),
+    }  # fmt: skip
     named: tuple[Kind, ...] = next((kinds for field, kinds in asked.items() if field in given), PROPOSED)
     kinds: tuple[Kind, ...] = (kind,) if kind else named
     good = [one for k in kinds if given.keys() <= _allowed(k) and (one := _guess(k, free, given))[1]]
@@ -185,6 +193,8 @@ def _content(field: str, column: _Column, columns: list[_Column]) -> float:
         return 1.0 if column.listed else 0.0
     if field == "labels":
         return 1.0 if column.listed else 0.5 - column.distinct
+    if field in ("choices", "answers"):
+        return 1.0 if column.listed else 0.0
     if column.listed:
         return -2.0
     if field == "value":
@@ -210,4 +220,4 @@ def _pair(names: list[str]) -> tuple[str, str] | None:
     return None
 
 
-FIELDS_ALL = tuple(dict.fromkeys(field for part in (FIELDS, OPTIONAL) for own in part.values() for field in own))
+FIELDS_ALL = tuple(dict.fromkeys(field for by in (FIELDS, OPTIONAL) for fields in by.values() for field in fields))

@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from deltatune.data import formats
-from deltatune.data.check import (
-    check_answered,
-    check_classes,
-    check_label_sets,
-    check_seen,
-    check_sizes,
-    check_values,
-    check_words,
-    known_only,
-)
+from deltatune.data.check import CHECKS, check_answered, check_seen, check_sizes, check_words, known_only
 from deltatune.data.columns import as_option, propose, resolve
 from deltatune.data.embedded import build, embedded_tasks
 from deltatune.data.formats import Table
@@ -27,7 +18,7 @@ from deltatune.data.metrics import check_metric, default_metric
 from deltatune.data.rows import Placed, canonical
 from deltatune.data.split import cut, distinct, input_key
 from deltatune.data.tags import is_bio, repaired
-from deltatune.data.task import FIELDS, Kind, Task
+from deltatune.data.task import FIELDS, LABELLED, Kind, Task
 from deltatune.errors import TaskError
 
 if TYPE_CHECKING:
@@ -112,22 +103,23 @@ def _assembled(
         placed = {split: rows for split, (rows, _) in fixed.items()}
         notes += _note(sum(count for _, count in fixed.values()), "with tags that were not strict BIO repaired")
     check_sizes(origin, placed)
-    for field, check in (("label", check_classes), ("labels", check_label_sets), ("value", check_values)):
-        if field in mapping:
-            check(origin, placed["train"])
+    if found in CHECKS:
+        CHECKS[found](origin, placed["train"])
     if found == "chat":
         for rows in placed.values():
-            check_answered(rows)
+            check_answered(origin, rows)
+    if "weight" in mapping and not any(row["weight"] for _, row in placed["train"]):
+        raise TaskError(f"{origin}: every weight is 0 (column {mapping['weight']!r}); expected some above 0")
     placed, cut_notes = _whole(origin, found, placed, seed)
     notes += cut_notes
     check_sizes(origin, placed)
-    if mapping.keys() & {"label", "labels"}:
+    if found in LABELLED and found != "token_classification":
         if drop:
             placed, left_out = known_only(placed)
             notes += _note(left_out, "of dev and test with a label that train lacks left out")
             check_sizes(origin, placed)
         check_seen(placed)
-    labels = sorted({label for rows in placed.values() for _, row in rows for label in _labels_of(row)})
+    labels = sorted({label for rows in placed.values() for _, row in rows for label in _labels_of(found, row)})
     return Task(
         name=name,
         kind=found,
@@ -224,5 +216,7 @@ def _note(count: int, what: str) -> list[str]:
     return [f"{count} {'row' if count == 1 else 'rows'} {what}"] if count else []
 
 
-def _labels_of(row: Mapping[str, Any]) -> list[str]:
+def _labels_of(kind: Kind, row: Mapping[str, Any]) -> list[str]:
+    if kind not in LABELLED:
+        return []
     return row.get("tags") or row.get("labels") or ([row["label"]] if "label" in row else [])

@@ -8,6 +8,7 @@ Stated rules:
 - A correlation with something constant counts as 0.
 - Nothing to score is an error, never a score.
 - `entity_f1` counts a predicted entity that agrees exactly in both ends and in type, over all rows together.
+- `squad_f1` and `squad_match` take the best of a row's answers, compared as SQuAD's script does.
 - Text metrics take the best of a row's accepted answers (`exact_match`, `token_f1`, `rouge_l`), or all of them
   together as sacrebleu does (`bleu`, `chrf`). White space is collapsed; `exact_match` heeds letter case, the others
   and punctuation as their sources do.
@@ -26,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from deltatune.data.spans import squad_f1, squad_match
 from deltatune.data.tags import is_bio
 from deltatune.data.task import NUMBERS, Kind, Row, Task
 from deltatune.errors import TaskError, UnknownName
@@ -35,6 +37,7 @@ TAG_METRICS = ("entity_f1", "token_accuracy")
 SET_METRICS = ("micro_f1", "macro_f1", "subset_accuracy")
 NUMBER_METRICS = ("pearson", "spearman", "r2")
 TEXT_METRICS = ("exact_match", "token_f1", "rouge_l", "bleu", "chrf")
+SPAN_METRICS = ("squad_f1", "squad_match")
 RANKED = 10  # how many of a ranking are kept and count
 
 ALSO_CALLED = {"mcc": "matthews", "rouge": "rouge_l", "mrr": "mrr_at_10", "accuracy@1": "accuracy_at_1"}
@@ -46,6 +49,8 @@ OF_KIND: Mapping[Kind, tuple[str, ...]] = {
     "multi_label": SET_METRICS,
     "regression": NUMBER_METRICS,
     "pair_regression": NUMBER_METRICS,
+    "multiple_choice": ("accuracy",),
+    "extractive_span": SPAN_METRICS,
     "embedding": ("mrr_at_10", "accuracy_at_1"),
     "preference": ("preference_accuracy",),
     "chat": ("inverse_perplexity",),
@@ -53,7 +58,8 @@ OF_KIND: Mapping[Kind, tuple[str, ...]] = {
 METRICS = tuple(dict.fromkeys(metric for own in OF_KIND.values() for metric in own))
 """Every metric but the `f1_<label>` form, which is F1 of one label."""
 
-LABELLED: tuple[Kind, ...] = ("classification", "pair_classification")
+SINGLE: tuple[Kind, ...] = ("classification", "pair_classification", "multiple_choice")
+"""Kinds with one answer a row that is not a list."""
 
 
 def default_metric(kind: Kind, labels: Sequence[str] = ()) -> str:
@@ -95,6 +101,8 @@ def score(metric: str, predictions: Sequence[Any], references: Sequence[Any], la
 
 def references(kind: Kind, rows: Sequence[Row]) -> list[Any]:
     """Return what `score` compares with: each row's label, tags, positive, or list of accepted answers."""
+    if kind == "extractive_span":
+        return [[answer["text"] for answer in row["answers"]] for row in rows]
     if kind == "generation":
         return [row.get("targets") or [row["target"]] for row in rows]
     if kind == "preference":
@@ -131,7 +139,7 @@ def majority(task: Task) -> Any:
     if task.kind == "embedding":
         often = Counter(answers)
         return sorted(often, key=lambda one: (-often[one], one))[:RANKED]
-    counts = Counter(answers if task.kind in LABELLED else [one for several in answers for one in several])
+    counts = Counter(answers if task.kind in SINGLE else [one for several in answers for one in several])
     return min(counts, key=lambda one: (-counts[one], one))
 
 
@@ -332,6 +340,8 @@ SCORES: Mapping[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "exact_match": _best(_exact),
     "token_f1": _best(_token_f1),
     "rouge_l": _best(_rouge_l),
+    "squad_f1": _best(squad_f1),
+    "squad_match": _best(squad_match),
     "bleu": _sacrebleu("bleu"),
     "chrf": _sacrebleu("chrf"),
     "mrr_at_10": _reciprocal_rank,

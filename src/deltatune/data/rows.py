@@ -8,7 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from deltatune.data.choices import choices_of, right_choice
 from deltatune.data.formats import Table
+from deltatune.data.spans import answers_of
 from deltatune.data.task import FIELDS, OPTIONAL, Kind, Row
 from deltatune.errors import TaskError, nearest
 
@@ -22,18 +24,22 @@ def canonical(table: Table, kind: Kind, columns: Mapping[str, str]) -> list[Plac
 
     Raises TaskError, the row named, for a field that is missing, empty or of another type.
     """
-    optional = {*OPTIONAL.get(kind, ())} & columns.keys()
+    optional = {*OPTIONAL[kind]} & columns.keys()
     placed = []
     for place, cells in zip(table.places, table.rows, strict=True):
         where = f"{table.name}: {place}"
         row = {field: _value(field, cells.get(columns[field]), where, columns[field]) for field in FIELDS[kind]}
         for field in optional:
-            if not _missing(cells.get(columns[field])):
+            if field == "weight" or not _missing(cells.get(columns[field])):
                 row[field] = _value(field, cells[columns[field]], where, columns[field])
         if kind == "token_classification" and len(row["tokens"]) != len(row["tags"]):
             raise TaskError(
                 f"{where} has {len(row['tokens'])} tokens and {len(row['tags'])} tags; expected one tag for each token"
             )
+        if kind == "multiple_choice":
+            row["label"] = right_choice(cells[columns["label"]], cells[columns["choices"]], row["choices"], where)
+        if kind == "extractive_span":
+            row["answers"] = answers_of(row["answers"], row["context"], where)
         placed.append((where, row))
     return placed
 
@@ -43,8 +49,12 @@ def _value(field: str, cell: Any, where: str, column: str) -> Any:
         return _labels(cell, where)
     if _missing(cell):
         raise TaskError(f"{where} has no {field} (column {column!r} is empty or absent); fill it or delete the row")
-    if field == "value":
-        return _number(cell, where, column)
+    if field in ("value", "weight"):
+        return _number(cell, field, where, column)
+    if field == "choices":
+        return [_checked(text, where, field) for text in choices_of(cell, where)]
+    if field == "answers":
+        return cell
     if field in ("tokens", "tags", "targets"):
         return _texts(cell, field, where)
     if field == "messages":
@@ -57,13 +67,14 @@ def _value(field: str, cell: Any, where: str, column: str) -> Any:
     return text.strip() if field == "label" else text
 
 
-def _number(cell: Any, where: str, column: str) -> float:
+def _number(cell: Any, field: str, where: str, column: str) -> float:
     try:
         value = float(cell)
     except (TypeError, ValueError):
         value = math.nan
-    if not math.isfinite(value):
-        raise TaskError(f"{where}: value is {cell!r} (column {column!r}); expected a number")
+    if not math.isfinite(value) or (field == "weight" and value < 0):
+        what = "a number" if field == "value" else "0 or more"
+        raise TaskError(f"{where}: {field} is {cell!r} (column {column!r}); expected {what}")
     return value
 
 

@@ -8,7 +8,16 @@ from typing import Any
 from deltatune.data.intervals import Interval, bootstrap_interval
 from deltatune.data.metrics import score
 
-SLOW = ("entity_f1", "bleu", "chrf", "macro_f1", "macro_recall", "matthews")  # metrics of a whole set that take a while
+SLOW = (
+    "entity_f1",
+    "bleu",
+    "chrf",
+    "macro_f1",
+    "macro_recall",
+    "matthews",
+    "squad_f1",
+    "squad_match",
+)  # metrics of a whole set that take a while
 
 
 def resamples(metric: str) -> int:

@@ -16,7 +16,7 @@ LEAST = 3
 
 def input_key(kind: Kind, row: Row) -> tuple[str, ...]:
     """Return what makes two inputs identical: their texts, whatever the white space between words."""
-    return tuple(" ".join(as_text(row[field]).split()) for field in INPUTS[kind])
+    return tuple(" ".join(as_text(row.get(field, "")).split()) for field in INPUTS[kind])
 
 
 def as_text(part: Any) -> str:

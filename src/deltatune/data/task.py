@@ -15,7 +15,7 @@ from deltatune.errors import TaskError
 
 Kind = Literal[
     "classification", "pair_classification", "token_classification", "generation", "multi_label", "regression",
-    "pair_regression", "embedding", "preference", "chat",
+    "pair_regression", "multiple_choice", "extractive_span", "embedding", "preference", "chat",
 ]  # fmt: skip
 Row = dict[str, Any]
 SPLITS = ("train", "dev", "test")
@@ -28,14 +28,29 @@ FIELDS: Mapping[Kind, tuple[str, ...]] = {
     "multi_label": ("text", "labels"),
     "regression": ("text", "value"),
     "pair_regression": ("text", "text_b", "value"),
+    "multiple_choice": ("text", "choices", "label"),
+    "extractive_span": ("context", "question", "answers"),
     "embedding": ("anchor", "positive"),
     "preference": ("prompt", "chosen", "rejected"),
     "chat": ("messages",),
 }
-"""The canonical fields of a row by kind."""
+"""The canonical fields of a row by kind: a choice's `label` is its number, `answers` are [{"text", "start"}]."""
 
-OPTIONAL: Mapping[Kind, tuple[str, ...]] = {"generation": ("targets",), "embedding": ("negative",)}
-"""Fields that a row may have beside: every accepted answer; a text that the anchor does not mean."""
+OPTIONAL: Mapping[Kind, tuple[str, ...]] = {
+    **dict.fromkeys(FIELDS, ("weight",)),
+    "generation": ("targets",),
+    "multiple_choice": ("context", "weight"),
+    "embedding": ("negative",),
+    "preference": (),
+    "chat": (),
+}
+"""Fields that a row may have besides.
+
+Every accepted answer, the text that choices are about, a text that the anchor does not mean, a weight in the loss.
+"""
+
+LABELLED: tuple[Kind, ...] = ("classification", "pair_classification", "token_classification", "multi_label")
+"""Kinds whose answers come from the task's labels."""
 
 PAIRS: tuple[Kind, ...] = ("pair_classification", "pair_regression")
 NUMBERS: tuple[Kind, ...] = ("regression", "pair_regression")
@@ -48,20 +63,22 @@ INPUTS: Mapping[Kind, tuple[str, ...]] = {
     "multi_label": ("text",),
     "regression": ("text",),
     "pair_regression": ("text", "text_b"),
+    "multiple_choice": ("context", "text", "choices"),
+    "extractive_span": ("context", "question"),
     "embedding": ("anchor",),
     "preference": ("prompt", "chosen", "rejected"),
     "chat": ("messages",),
 }
-"""The fields of a row that a model may see."""
+"""The fields of a row that a model may see; an optional one may be absent."""
 
 
 @dataclass(frozen=True)
 class Task:
     """A named problem with its data: splits of canonical rows, labels, template and metric.
 
-    Rows are never changed after a task is made; `labels` is sorted, `()` for generation and regression and the tag
-    names for token classification. `template` ("Review: {text}\\nSentiment:") and `verbalizer` (label -> words; None:
-    the labels' own) are for tasks that a language model answers in words.
+    Rows are never changed after a task is made; `labels` is sorted, the tag names for token classification and `()`
+    for a kind that is not in LABELLED. `template` ("Review: {text}\\nSentiment:") and `verbalizer` (label -> words;
+    None: the labels' own) are for tasks that a language model answers in words.
     """
 
     name: str

@@ -13,7 +13,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import ORDER, Site
 from deltatune.delta.layer import Layer
 from deltatune.delta.method import Method, Spec, members
-from deltatune.errors import SiteError, UnknownName
+from deltatune.errors import SiteError, UnknownName, UserError
 
 
 class Delta(nn.Module):
@@ -87,6 +87,22 @@ class Delta(nn.Module):
         from deltatune.delta.files import load
 
         return load(folder, backbone, verify=verify)
+
+    def add_labels(self, labels: Sequence[str]) -> None:
+        """Let the head score further labels, those that it has staying as they are, to the bit.
+
+        What is added is unlikely until it is trained; an optimiser made before does not know of it. UserError for a
+        delta without a head that scores labels.
+        """
+        from deltatune.delta.head import Head
+
+        if not isinstance(self.head, Head):
+            raise UserError(f"delta {self.name!r} has no head to add labels to")
+        self.head = self.head.with_labels(labels)
+        if "task" in self.record:
+            known = self.record["task"]["labels"]
+            added = [label for label in dict.fromkeys(labels) if label not in known]
+            self.record = {**self.record, "task": {**self.record["task"], "labels": [*known, *added]}}
 
     def __mul__(self, weight: float) -> Delta:
         """Return the delta with its effect times a number; see `deltatune.delta.algebra`."""

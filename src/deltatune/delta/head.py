@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from deltatune.errors import DeltaFileError
+from deltatune.errors import DeltaFileError, UserError
 
 _HEADS: dict[str, type[Head]] = {}
 
@@ -25,6 +26,10 @@ class Head(nn.Module):
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments as plain data."""
         raise NotImplementedError
+
+    def with_labels(self, labels: Sequence[str]) -> Head:
+        """Return a head with further labels. UserError for a head that has no row of its own for each label."""
+        raise UserError(f"a {type(self).__name__} head has no labels to add {', '.join(labels)} to")
 
 
 def head_record(head: nn.Module | None) -> dict[str, Any] | None:

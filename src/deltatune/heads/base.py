@@ -23,38 +23,41 @@ from deltatune.errors import TaskError
 class Example:
     """One row as the backbone reads it: token ids, token types (pairs), and what the head learns from it.
 
-    `target` is a class number, or one number per token position (-100: not counted), by the head. A row of several
-    texts has the others beside the first. `decoder` is what a decoder is given, one token for each of the target.
+    `target` is a class number, or one number per token position (-100: not counted), by the head. A row that takes
+    several sequences (choices, windows of a long text, the texts of a pair) has the further ones in `more`. `weight` is
+    the row's in the loss. `decoder` is what a decoder is given, one token for each of the target.
     """
 
     ids: tuple[int, ...]
     types: tuple[int, ...] | None
     target: Any
     words: tuple[int, ...] = ()
-    others: tuple[Example, ...] = ()
+    more: tuple[Example, ...] = ()
+    weight: float = 1.0
     decoder: tuple[int, ...] = ()
 
     @property
-    def texts(self) -> tuple[Example, ...]:
-        """The texts of the row, the first and the others, in the order in which they stand in a batch."""
-        return (self, *self.others)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest text."""
-        return max(len(text.ids) for text in self.texts)
+    def sequences(self) -> tuple[Example, ...]:
+        """All sequences of the row, in the order in which they stand in a batch."""
+        return (self, *self.more)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all texts, on both sides of an encoder-decoder."""
-        return sum(len(text.ids) + len(text.decoder) for text in self.texts)
+        """Tokens of all sequences, on both sides of an encoder-decoder."""
+        return sum(len(e.ids) + len(e.decoder) for e in self.sequences)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(len(e.ids) for e in self.sequences)
 
 
 @dataclass
 class Batch:
-    """Padded examples: `inputs` for the backbone (ids, mask, types: [texts, tokens]) and the examples themselves.
+    """Padded examples: `inputs` for the backbone (ids, mask, types: [sequences, tokens]) and the examples themselves.
 
-    `reference` [texts, tokens, width] is what the bare backbone gives, for heads that compare with it.
+    Each example has one sequence or more; those of one stand together. `reference` [sequences, tokens, width] is what
+    the bare backbone gives, for heads that compare with it.
     """
 
     inputs: dict[str, Tensor]
@@ -62,19 +65,24 @@ class Batch:
     reference: Tensor | None = None
 
     @property
-    def texts(self) -> list[Example]:
-        """The texts of all examples, one for each row of the inputs."""
-        return [text for example in self.examples for text in example.texts]
-
-    @property
     def length(self) -> int:
         """Padded length in tokens."""
         return int(self.inputs["input_ids"].shape[1])
 
     @property
+    def sequences(self) -> list[Example]:
+        """The sequences of all examples, one for each row of the inputs."""
+        return [one for example in self.examples for one in example.sequences]
+
+    @property
     def positions(self) -> int:
         """Number of positions that a head reads: those of the decoder, where it is given something."""
         return int(self.inputs.get("decoder_input_ids", self.inputs["input_ids"]).shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(e.tokens for e in self.examples)
 
 
 class TaskHead(SavedHead):
@@ -87,6 +95,10 @@ class TaskHead(SavedHead):
     kinds: ClassVar[tuple[Kind, ...]]
     compares: ClassVar[bool] = False
     decodes: ClassVar[bool] = False
+    labels: tuple[str, ...] = ()
+    """What the scores are of, in their order, where a task has labels."""
+    class_weights: tuple[float, ...] | None = None
+    """Weights of the labels in the loss, in their order; a matter of one training that does not travel."""
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> TaskHead:
@@ -102,7 +114,7 @@ class TaskHead(SavedHead):
         raise NotImplementedError
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
-        """Return the mean loss over the valid items of a batch, a scalar."""
+        """Return the mean loss over the valid items of a batch by their weights, a scalar."""
         raise NotImplementedError
 
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
@@ -136,30 +148,76 @@ def processor_of(backbone: Backbone) -> Any:
 
 
 def collate(examples: Sequence[Example], backbone: Backbone, length: int | None = None) -> Batch:
-    """Pad the texts of examples on the right to `length`, or to the longest of them."""
-    texts = [text for example in examples for text in example.texts]
-    length = max(len(text.ids) for text in texts) if length is None else length
+    """Pad examples on the right to `length`, or to the longest of them."""
+    length = max(e.longest for e in examples) if length is None else length
+    sequences = [one for e in examples for one in e.sequences]
     pad = getattr(backbone.processor, "pad_token_id", None) or 0
-    ids = torch.full((len(texts), length), pad, dtype=torch.long)
-    mask = torch.zeros(len(texts), length, dtype=torch.long)
-    types = torch.zeros(len(texts), length, dtype=torch.long) if texts[0].types is not None else None
-    for row, text in enumerate(texts):
-        ids[row, : len(text.ids)] = torch.tensor(text.ids)
-        mask[row, : len(text.ids)] = 1
-        if types is not None and text.types is not None:
-            types[row, : len(text.types)] = torch.tensor(text.types)
+    ids = torch.full((len(sequences), length), pad, dtype=torch.long)
+    mask = torch.zeros(len(sequences), length, dtype=torch.long)
+    types = torch.zeros(len(sequences), length, dtype=torch.long) if sequences[0].types is not None else None
+    for row, example in enumerate(sequences):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        mask[row, : len(example.ids)] = 1
+        if types is not None and example.types is not None:
+            types[row, : len(example.types)] = torch.tensor(example.types)
     inputs = {"input_ids": ids, "attention_mask": mask, **({"token_type_ids": types} if types is not None else {})}
-    if texts[0].decoder:
+    if sequences[0].decoder:
         # Where the padding stands nothing is read, and the decoder sees what is before a position only.
-        given = [torch.tensor(text.decoder) for text in texts]
+        given = [torch.tensor(text.decoder) for text in sequences]
         inputs["decoder_input_ids"] = torch.nn.utils.rnn.pad_sequence(given, batch_first=True, padding_value=pad)
     return Batch({name: value.to(backbone.device) for name, value in inputs.items()}, examples)
 
 
-def linear(width: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+class Blocks(nn.Linear):
+    """A linear whose outputs are computed block by block, so that a further block changes no bit of those before it."""
+
+    def __init__(self, width: int, outputs: int, blocks: Sequence[int], bias: bool) -> None:
+        super().__init__(width, outputs, bias=bias)
+        self.blocks = tuple(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., outputs] of x [..., width]."""
+        biases = [None] * len(self.blocks) if self.bias is None else self.bias.split(self.blocks)
+        parts = zip(self.weight.split(self.blocks), biases, strict=True)
+        return torch.cat([nn.functional.linear(x, weight, bias) for weight, bias in parts], dim=-1)
+
+
+def linear(
+    width: int,
+    outputs: int,
+    generator: torch.Generator | None,
+    *,
+    bias: bool = True,
+    blocks: Sequence[int] = (),
+) -> Blocks:
     """A linear with weights from N(0, 0.02²) and zero biases."""
-    made = nn.Linear(width, outputs)
+    made = Blocks(width, outputs, blocks or (outputs,), bias)
     with torch.no_grad():
         made.weight.normal_(0.0, 0.02, generator=generator)
-        made.bias.zero_()
+        if bias:
+            made.bias.zero_()
     return made
+
+
+def row_weights(batch: Batch, like: Tensor) -> Tensor:
+    """Return the weights of the rows [rows], in the dtype and on the device of another tensor."""
+    return torch.tensor([e.weight for e in batch.examples], dtype=torch.float64).to(like)
+
+
+def weighted_mean(each: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of losses by their weights, a scalar; 0 where nothing has a weight."""
+    return (each * weights).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def cross_entropy(
+    scores: Tensor, target: Tensor, weights: Tensor, class_weights: Sequence[float] | None = None
+) -> Tensor:
+    """Return the weighted mean of the cross-entropy of items: scores [items, classes], target and weights [items].
+
+    A target of -100 is not counted. An item's weight is its own times its class's.
+    """
+    each = nn.functional.cross_entropy(scores, target, reduction="none")
+    weights = weights * (target >= 0)
+    if class_weights is not None:
+        weights = weights * torch.tensor(class_weights, dtype=torch.float64).to(scores)[target.clamp(min=0)]
+    return weighted_mean(each, weights)

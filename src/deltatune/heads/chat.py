@@ -82,11 +82,11 @@ class Chat(Writer):
 
     def scores(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
         """Return the log-probability of each conversation's answers and their number of tokens [rows, 2]."""
-        said = log_probabilities(hidden, batch.texts, backbone)
-        return torch.stack([said, torch.tensor([*map(learnt, batch.texts)]).to(said)], dim=1)
+        said = log_probabilities(hidden, batch.sequences, backbone)
+        return torch.stack([said, torch.tensor([*map(learnt, batch.sequences)]).to(said)], dim=1)
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
-        return mean_loss(hidden, batch.texts, backbone)
+        return mean_loss(hidden, batch.sequences, backbone)
 
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
         return scores.tolist(), (scores[:, 0] / scores[:, 1].clamp(min=1)).exp().tolist()

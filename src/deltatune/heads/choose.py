@@ -6,16 +6,18 @@ from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Task
 from deltatune.heads.base import TaskHead
 from deltatune.heads.chat import Chat
+from deltatune.heads.choice import MultipleChoice
 from deltatune.heads.classification import MultiLabel, SequenceClassification
 from deltatune.heads.embedding import Embedding
 from deltatune.heads.language import Generation, Verbalized
 from deltatune.heads.preference import Preference
 from deltatune.heads.regression import Regression
 from deltatune.heads.sequence import SequenceToSequence
+from deltatune.heads.span import ExtractiveSpan
 from deltatune.heads.tokens import TokenClassification
 
 OWN: tuple[type[TaskHead], ...] = (
-    Generation, TokenClassification, MultiLabel, Regression, Embedding, Preference, Chat
+    Generation, TokenClassification, MultiLabel, Regression, MultipleChoice, ExtractiveSpan, Embedding, Preference, Chat
 )  # fmt: skip
 
 

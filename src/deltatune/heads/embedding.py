@@ -47,7 +47,7 @@ class Embedding(TaskHead):
         examples = []
         for row in texts:
             anchor, *others = (next(made) for _ in row)
-            examples.append(dataclasses.replace(anchor, others=tuple(others)))
+            examples.append(dataclasses.replace(anchor, more=tuple(others)))
         return examples
 
     def scores(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
@@ -58,7 +58,7 @@ class Embedding(TaskHead):
         places: list[list[int]] = [[], [], []]  # anchors, positives, negatives
         row = 0
         for example in batch.examples:
-            for place in places[: len(example.texts)]:
+            for place in places[: len(example.sequences)]:
                 place.append(row)
                 row += 1
         anchors, *candidates = (vectors[place] for place in places)
@@ -66,7 +66,7 @@ class Embedding(TaskHead):
         return nn.functional.cross_entropy(self.scale * anchors @ torch.cat(candidates).T, own)
 
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
-        parts = scores.split([len(example.texts) for example in batch.examples])
+        parts = scores.split([len(example.sequences) for example in batch.examples])
         return [part.cpu() for part in parts], [1.0] * len(parts)
 
     def conclude(self, values: list[Any], rows: Sequence[Row]) -> list[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import INPUTS, Kind, Row, Task
 from deltatune.errors import TaskError
-from deltatune.heads.base import Batch, Example, TaskHead, processor_of, tokenise
+from deltatune.heads.base import Batch, Example, TaskHead, cross_entropy, processor_of, row_weights, tokenise
 
 DEFAULT_TEMPLATES: Mapping[Kind, str] = {
     "classification": "{text}\nLabel:",
@@ -100,7 +100,7 @@ class Generation(Writer):
         return examples
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
-        return mean_loss(hidden, batch.texts, backbone)
+        return mean_loss(hidden, batch.sequences, backbone)
 
 
 def learnt(text: Example) -> int:
@@ -177,7 +177,7 @@ class Verbalized(TaskHead):
         number = {label: i for i, label in enumerate(self.labels)}
         examples = tokenise(backbone, worded(self.template, rows, backbone, limit), limit=limit)
         return [
-            dataclasses.replace(e, target=number.get(row.get("label", ""), -100))
+            dataclasses.replace(e, target=number.get(row.get("label", ""), -100), weight=row.get("weight", 1.0))
             for e, row in zip(examples, rows, strict=True)
         ]
 
@@ -193,7 +193,8 @@ class Verbalized(TaskHead):
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
         target = torch.tensor([e.target for e in batch.examples], device=hidden.device)
-        return nn.functional.cross_entropy(self.scores(hidden, batch, backbone), target)
+        scores = self.scores(hidden, batch, backbone)
+        return cross_entropy(scores, target, row_weights(batch, scores), self.class_weights)
 
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
         best = scores.softmax(dim=-1).max(dim=-1)

@@ -23,11 +23,19 @@ class Pooled(TaskHead):
     """
 
     def __init__(
-        self, width: int, outputs: int, pooling: Pooling, pair: bool, seed: torch.Generator | None = None
+        self,
+        width: int,
+        outputs: int,
+        pooling: Pooling,
+        pair: bool,
+        seed: torch.Generator | None = None,
+        *,
+        bias: bool = True,
+        blocks: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.width, self.pooling, self.pair = width, pooling, pair
-        self.linear = linear(width, outputs, seed)
+        self.linear = linear(width, outputs, seed, bias=bias, blocks=blocks)
 
     @staticmethod
     def shape(task: Task, backbone: Backbone) -> dict[str, Any]:
@@ -42,7 +50,10 @@ class Pooled(TaskHead):
     def encode(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
         texts = [[row["text"] for row in rows], *([[row["text_b"] for row in rows]] if self.pair else [])]
         examples = tokenise(backbone, *texts, limit=limit)
-        return [dataclasses.replace(e, target=self.target(row)) for e, row in zip(examples, rows, strict=True)]
+        return [
+            dataclasses.replace(e, target=self.target(row), weight=row.get("weight", 1.0))
+            for e, row in zip(examples, rows, strict=True)
+        ]
 
     def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return one vector a row [rows, width], in float32."""

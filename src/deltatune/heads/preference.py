@@ -50,13 +50,13 @@ class Preference(TaskHead):
         examples = []
         for prompt, *both in zip(prompts, *answers, strict=True):
             chosen, rejected = (_continued(prompt.ids, (*answer.ids, end)[:most]) for answer in both)
-            examples.append(dataclasses.replace(chosen, others=(rejected,)))
+            examples.append(dataclasses.replace(chosen, more=(rejected,)))
         return examples
 
     def scores(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
         assert batch.reference is not None
-        policy = log_probabilities(hidden, batch.texts, backbone)
-        gain = policy - log_probabilities(batch.reference, batch.texts, backbone)
+        policy = log_probabilities(hidden, batch.sequences, backbone)
+        gain = policy - log_probabilities(batch.reference, batch.sequences, backbone)
         return self.beta * (gain[0::2] - gain[1::2])
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:

@@ -6,12 +6,12 @@ import statistics
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Row, Task
 from deltatune.delta.delta import generator
-from deltatune.heads.base import Batch
+from deltatune.heads.base import Batch, row_weights, weighted_mean
 from deltatune.heads.pooled import Pooled, Pooling
 
 
@@ -45,17 +45,19 @@ class Regression(Pooled):
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> Regression:
-        values = [float(row["value"]) for row in task.train]
-        spread = statistics.pstdev(values) or 1.0
+        values, weights = [row["value"] for row in task.train], [row.get("weight", 1.0) for row in task.train]
+        centre = statistics.fmean(values, weights)
+        spread = statistics.fmean([(value - centre) ** 2 for value in values], weights) ** 0.5 or 1.0
         made = generator(seed, "head", cls.__name__)
-        return cls(centre=statistics.fmean(values), spread=spread, seed=made, **cls.shape(task, backbone))
+        return cls(centre=centre, spread=spread, seed=made, **cls.shape(task, backbone))
 
     def target(self, row: Row) -> Any:
         return (row["value"] - self.centre) / self.spread if "value" in row else 0.0
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
         scores = self.scores(hidden, batch, backbone)[:, 0]
-        return nn.functional.mse_loss(scores, torch.tensor([e.target for e in batch.examples]).to(scores))
+        target = torch.tensor([e.target for e in batch.examples]).to(scores)
+        return weighted_mean((scores - target).square(), row_weights(batch, scores))
 
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
         values = (scores[:, 0].double() * self.spread + self.centre).tolist()

@@ -59,9 +59,9 @@ class SequenceToSequence(Writer):
         return examples
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
-        where = [(row, at) for row, text in enumerate(batch.texts) for at in range(len(text.target))]
+        where = [(row, at) for row, text in enumerate(batch.sequences) for at in range(len(text.target))]
         rows, columns = (torch.tensor(index, device=hidden.device) for index in zip(*where, strict=True))
-        target = torch.tensor([token for text in batch.texts for token in text.target], device=hidden.device)
+        target = torch.tensor([token for text in batch.sequences for token in text.target], device=hidden.device)
         return nn.functional.cross_entropy(hidden[rows, columns].float(), target)
 
 

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Row, Task
 from deltatune.delta.delta import generator
-from deltatune.heads.base import Batch, Example, TaskHead, linear, processor_of
+from deltatune.heads.base import Batch, Example, cross_entropy, linear, processor_of, row_weights
+from deltatune.heads.labelled import Labelled
 
 
-class TokenClassification(TaskHead):
+class TokenClassification(Labelled):
     """scores [rows, tokens, tags] = W hidden + b; cross-entropy on the first sub-word of each word.
 
     A word beyond the length limit is predicted as "O" (or the first tag). Parameters: (width + 1) tags.
@@ -22,14 +23,17 @@ class TokenClassification(TaskHead):
 
     kinds: ClassVar[tuple[Kind, ...]] = ("token_classification",)
 
-    def __init__(self, width: int, labels: Sequence[str], seed: torch.Generator | None = None) -> None:
+    def __init__(
+        self, width: int, labels: Sequence[str], seed: torch.Generator | None = None, blocks: Sequence[int] = ()
+    ) -> None:
         super().__init__()
-        self.width, self.labels = width, tuple(labels)
-        self.linear = linear(width, len(labels), seed)
+        self.width = width
+        self.linear = linear(width, len(labels), seed, blocks=blocks)
+        self.name(labels)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"width": self.width, "labels": list(self.labels)}
+        return {"width": self.width, **self.named}
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> TokenClassification:
@@ -37,7 +41,6 @@ class TokenClassification(TaskHead):
 
     def encode(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
         processor = processor_of(backbone)
-        number = {label: i for i, label in enumerate(self.labels)}
         made = processor(
             [list(row["tokens"]) for row in rows], is_split_into_words=True, truncation=True, max_length=limit
         )
@@ -51,12 +54,11 @@ class TokenClassification(TaskHead):
             tags = row.get("tags")
             if tags is not None:
                 for word, position in starts.items():
-                    target[position] = number.get(tags[word], -100)
+                    target[position] = self.numbers.get(tags[word], -100)
             types = made.get("token_type_ids")
             words = tuple(starts.get(word, -1) for word in range(len(row["tokens"])))
-            examples.append(
-                Example(tuple(made["input_ids"][i]), tuple(types[i]) if types is not None else None, target, words)
-            )
+            ids, kinds = tuple(made["input_ids"][i]), tuple(types[i]) if types is not None else None
+            examples.append(Example(ids, kinds, target, words, weight=row.get("weight", 1.0)))
         return examples
 
     def scores(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
@@ -70,7 +72,7 @@ class TokenClassification(TaskHead):
         rows, columns = (torch.tensor(index, device=hidden.device) for index in zip(*where, strict=True))
         target = torch.tensor([batch.examples[row].target[at] for row, at in where], device=hidden.device)
         chosen = self.linear(hidden[rows, columns].to(self.linear.weight.dtype))
-        return nn.functional.cross_entropy(chosen, target)
+        return cross_entropy(chosen, target, row_weights(batch, chosen)[rows], self.class_weights)
 
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
         best = scores.softmax(dim=-1).max(dim=-1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from deltatune.data.answers import within
 from deltatune.data.intervals import Interval, bootstrap_paired
-from deltatune.data.metrics import LABELLED
+from deltatune.data.spans import squad_match
 from deltatune.data.task import NUMBERS
 from deltatune.studies.comparison import leader, ordered
 from deltatune.studies.schema import Example, Result
@@ -79,14 +79,21 @@ def tolerance(result: Result) -> float | None:
     return within(kind, [float(e["gold"]) for e in result["examples"]] or [0.0]) if kind in NUMBERS else None
 
 
-def right(example: Example, delta: str, near: float | None = None) -> bool:
-    """Return whether the prediction equals the gold one, spaces apart: label, all tags, or the whole text.
+def judge(result: Result) -> Callable[[Example, str], bool]:
+    """Return what says whether a delta's prediction on a row is right: label, all tags or the whole text, spaces apart.
 
-    With `near` both are numbers, and right is what is no farther away.
+    A span is right when SQuAD's script calls it the same, a number when it is no farther away than the tolerance.
     """
-    if near is not None:
-        return _distance(example, delta) <= near
-    return example["predictions"][delta].split() == example["gold"].split()
+    near = tolerance(result)
+    spans = result["task"]["kind"] == "extractive_span"
+
+    def right(example: Example, delta: str) -> bool:
+        predicted, gold = example["predictions"][delta], example["gold"]
+        if near is not None:
+            return _distance(example, delta) <= near
+        return bool(squad_match(predicted, gold)) if spans else predicted.split() == gold.split()
+
+    return right
 
 
 def _distance(example: Example, delta: str) -> float:
@@ -95,9 +102,9 @@ def _distance(example: Example, delta: str) -> float:
 
 def errors(result: Result, delta: str) -> list[Example]:
     """Return the rows that `delta` gets wrong: those it was surest of, or numbers farthest off, first, then by row."""
-    near = tolerance(result)
-    wrong = [example for example in predicted_by(result, delta) if not right(example, delta, near)]
-    if near is not None:
+    right = judge(result)
+    wrong = [example for example in predicted_by(result, delta) if not right(example, delta)]
+    if result["task"]["kind"] in NUMBERS:
         return sorted(wrong, key=lambda example: (-_distance(example, delta), example["row"]))
     return sorted(wrong, key=lambda example: (-example.get("confidence", {}).get(delta, 0.0), example["row"]))
 
@@ -107,11 +114,11 @@ def disagreement(result: Result, first: str, second: str) -> Disagreement | None
     rows = [example for example in predicted_by(result, first) if second in example["predictions"]]
     if not rows:
         return None
-    near = tolerance(result)
-    ours, theirs = [right(row, first, near) for row in rows], [right(row, second, near) for row in rows]
+    right = judge(result)
+    ours, theirs = ([right(row, delta) for row in rows] for delta in (first, second))
     cells = Counter(zip(ours, theirs, strict=True))
     differ = [row for row in rows if row["predictions"][first].split() != row["predictions"][second].split()]
-    differ.sort(key=lambda row: (right(row, first, near), not right(row, second, near), row["row"]))
+    differ.sort(key=lambda row: (right(row, first), not right(row, second), row["row"]))
     return Disagreement(
         both=cells[True, True],
         only_first=cells[True, False],
@@ -127,7 +134,7 @@ def confusion(result: Result, delta: str) -> Confusion | None:
 
     With more than 12 labels only 12 that are most confused with each other are kept, in the order of the task.
     """
-    if result["task"]["kind"] not in (*LABELLED, "token_classification"):
+    if result["task"]["kind"] not in ("classification", "pair_classification", "token_classification"):
         return None
     cells: Counter[tuple[str, str]] = Counter()
     for example in predicted_by(result, delta):

@@ -114,7 +114,7 @@ class _Page:
         self.first = two[0] if two else ""
         self.second = two[1] if len(two) > 1 else None
         self.kind = result["task"]["kind"]
-        self.near = failures.tolerance(result)
+        self.near, self.right = failures.tolerance(result), failures.judge(result)
         self.has_confusion = self.kind in ("classification", "pair_classification", "token_classification")
         self.baselines = {
             baseline["name"]: {
@@ -243,9 +243,6 @@ class _Page:
         if rows == 0:
             return "as many rows as"
         return f"{abs(rows)} {'more' if rows > 0 else 'fewer'} row{'s' if abs(rows) > 1 else ''} than"
-
-    def right(self, example: Example, delta: str) -> bool:
-        return failures.right(example, delta, self.near)
 
     def words(self, example: Example, deltas: Sequence[str]) -> list[failures.Word] | None:
         return failures.words(example, deltas) if self.kind == "token_classification" else None

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from deltatune.backbone.load import Backbone
-from deltatune.data.answers import hit, written
+from deltatune.data.answers import hit, inputs_written, written
 from deltatune.data.intervals import bootstrap_paired, interval
 from deltatune.data.metrics import references
 from deltatune.data.scores import score_interval
-from deltatune.data.split import as_text
-from deltatune.data.task import INPUTS, Row, Task
+from deltatune.data.task import Row, Task
 from deltatune.studies.schema import HEAD_ONLY, SCHEMA, check_result
 from deltatune.training.fit import Trained, majority_scores, versions
 from deltatune.training.job import Plan
@@ -160,15 +159,13 @@ def _run(trained: Trained, backbone: Backbone, baseline: dict[str, float | None]
     }
 
 
-def _gold(gold: Any, predicted: Sequence[Any], task: Task) -> str:
+def _gold(gold: Any, predicted: Sequence[Any], task: Task, row: Row) -> str:
     """The reference; of several accepted answers the one that was given, if any was."""
     if task.kind == "generation":
         return next((str(p) for p in predicted if p in gold), str(gold[0]))
-    return written(task.kind, gold)
-
-
-def _input(row: Row, task: Task) -> str:
-    return " ‖ ".join(as_text(row[field]) for field in INPUTS[task.kind])
+    if task.kind == "extractive_span":
+        return next((a for a in gold for p in predicted if hit(task.kind, p, [a])), str(gold[0]))
+    return written(task.kind, gold, row)
 
 
 def _examples(task: Task, trained: Sequence[Trained], labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -184,9 +181,9 @@ def _examples(task: Task, trained: Sequence[Trained], labels: Sequence[str]) -> 
     return [
         {
             "row": i,
-            "input": _input(row, task),
-            "gold": _gold(gold[i], [p.values[i] for p in shown.values() if p], task),
-            "predictions": {label: written(task.kind, p.values[i]) for label, p in shown.items() if p},
+            "input": " ‖ ".join(inputs_written(task.kind, row)),
+            "gold": _gold(gold[i], [p.values[i] for p in shown.values() if p], task, row),
+            "predictions": {label: written(task.kind, p.values[i], row) for label, p in shown.items() if p},
             "confidence": {label: p.confidence[i] for label, p in shown.items() if p},
         }
         for i, row in enumerate(task.test[:EXAMPLES_KEPT])

@@ -98,9 +98,9 @@ class Engine:
         for job in sorted(jobs, key=place):
             batch, apart = batches[job.name], _separate(job)
             added = max(prompt, prompt_tokens(job.plan.spec))
-            rows += len(batch.texts)
+            rows += len(batch.sequences)
             # Of all so far this batch is the longest, or its own tokens count.
-            size = size + sum(e.tokens for e in batch.examples) if self._packed(apart) else rows * batch.length
+            size = size + batch.tokens if self._packed(apart) else rows * batch.length
             if (
                 not groups
                 or _separate(groups[-1][0]) != apart
@@ -108,8 +108,8 @@ class Engine:
                 or batch.length + added > most
             ):
                 groups.append([])
-                rows, added = len(batch.texts), prompt_tokens(job.plan.spec)
-                size = sum(e.tokens for e in batch.examples) if self._packed(apart) else rows * batch.length
+                rows, added = len(batch.sequences), prompt_tokens(job.plan.spec)
+                size = batch.tokens if self._packed(apart) else rows * batch.length
             groups[-1].append(job)
             prompt = added
         return [sorted(group, key=lambda job: self.rank[job.name]) for group in groups]
@@ -145,7 +145,7 @@ class Engine:
             hidden = self.adapted.run(call, **together.inputs).logits
         else:
             hidden = self.adapted.encode(together.inputs, call=call)
-        parts = hidden.split([len(batch.texts) for batch in batches])
+        parts = hidden.split([len(batch.sequences) for batch in batches])
         # At the batch's own padded length, as when it is alone.
         return [part[:, : batch.positions] for part, batch in zip(parts, batches, strict=True)]
 
@@ -153,7 +153,7 @@ class Engine:
         """Give the batches of the heads that compare what they compare with: the backbone alone on the same texts."""
         asking = [batch for job, batch in zip(jobs, batches, strict=True) if job.head.compares]
         if asking:
-            call = self.adapted.routed((Segment(None, sum(len(batch.texts) for batch in asking)),))
+            call = self.adapted.routed((Segment(None, sum(len(batch.sequences) for batch in asking)),))
             with torch.no_grad():
                 for batch, hidden in zip(asking, self._hidden(asking, call), strict=True):
                     batch.reference = hidden
@@ -161,7 +161,7 @@ class Engine:
     def call(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> Call:
         """Make the call of a physical batch, with the keys of each job's dropout."""
         segments = tuple(
-            Segment(job.name if len(job.delta.layers) else None, len(batch.texts))
+            Segment(job.name if len(job.delta.layers) else None, len(batch.sequences))
             for job, batch in zip(jobs, batches, strict=True)
         )
         draws = tuple(Draw(job.plan.seed, job.step, batch.length) for job, batch in zip(jobs, batches, strict=True))

@@ -53,7 +53,7 @@ def estimate(engine: Engine) -> Estimate:
 def _tokens(job: Job) -> int:
     """Tokens of all batches that are left, padding included, as the engine counts them."""
     batches = map(job.logical_batch, range(job.step, job.steps))
-    return sum(sum(len(e.texts) for e in batch) * max(e.length for e in batch) for batch in batches)
+    return sum(sum(len(e.sequences) for e in batch) * max(e.longest for e in batch) for batch in batches)
 
 
 def _memory(engine: Engine) -> int:
@@ -66,11 +66,11 @@ def _memory(engine: Engine) -> int:
     sites = backbone.anatomy.sites
     kept = sum(s.d_in + s.d_out for s in sites if s.name.startswith(("attn.", "cross.", "ffn.", "norm.")))
     heads = sum(s.heads.number for s in sites if s.heads)
-    lengths = [[len(text.ids) for e in job.train for text in e.texts] for job in jobs]
-    longest = max((max(own) for own in lengths if own), default=1)
+    longest = max((e.longest for job in jobs for e in job.train), default=1)
     batches = [
-        job.plan.settings.batch * (len(own) / len(job.train)) * (sum(own) / len(own) if engine.packs else longest)
-        for job, own in zip(jobs, lengths, strict=True)
-    ]
+        job.plan.settings.batch
+        * sum(e.tokens if engine.packs else len(e.sequences) * longest for e in job.train) / len(job.train)
+        for job in jobs
+    ]  # fmt: skip
     tokens = max(*batches, min(sum(batches), max(job.plan.settings.tokens for job in jobs)))
     return int(weights + trained * 4 * 5 + tokens * (kept + 3 * heads * longest) * size)

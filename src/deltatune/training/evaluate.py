@@ -47,7 +47,7 @@ def predict_many(
     if asked:
         return [_generate(adapted, delta, head, rows, limit) for delta, head in writers]
     examples = members[0][1].encode(rows, source, limit)
-    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+    order = sorted(range(len(examples)), key=lambda i: examples[i].longest)
     values: list[list[Any]] = [[None] * len(rows) for _ in members]
     confidence: list[list[float]] = [[0.0] * len(rows) for _ in members]
     training = adapted.bank.training
@@ -95,12 +95,12 @@ def _changes_weights(delta: Delta) -> bool:
 def _chunks(order: Sequence[int], examples: Sequence[Example], times: int) -> list[list[int]]:
     """Cut rows, shortest first, into chunks of at most TOKENS tokens over all deltas."""
     chunks: list[list[int]] = []
-    texts = 0
+    sequences = 0
     for i in order:
-        texts += len(examples[i].texts)
-        if not chunks or texts * times * examples[i].length > TOKENS:
+        sequences += len(examples[i].sequences)
+        if not chunks or sequences * times * examples[i].longest > TOKENS:
             chunks.append([])
-            texts = len(examples[i].texts)
+            sequences = len(examples[i].sequences)
         chunks[-1].append(i)
     return chunks
 

@@ -16,8 +16,10 @@ from deltatune.delta.delta import Delta, generator
 from deltatune.delta.method import Spec, members
 from deltatune.heads.base import Batch, Example, TaskHead, collate
 from deltatune.heads.choose import head_for
-from deltatune.training.probe import Probe, probe
+from deltatune.training.probe import probe
 from deltatune.training.settings import Settings, rate
+from deltatune.training.states import Probe
+from deltatune.training.weights import class_weights
 
 State = Literal["waiting", "running", "done", "stopped", "nan"]
 HEAD_LR = 2e-3
@@ -161,8 +163,11 @@ def make_jobs(
         delta = Delta.build(plan.spec, origin, seed=plan.seed, name=plan.name)
         head = head_for(plan.task, origin, plan.seed)
         delta.head = head
+        if plan.settings.class_weights is not None:
+            weights = class_weights(plan.task, plan.settings.class_weights)
+            head.class_weights = tuple(weights[label] for label in head.labels)
         limit = min(plan.settings.max_length, room(plan.spec, backbone))
-        key = (plan.task.fingerprint, repr(head.arguments), limit)
+        key = (plan.task.fingerprint, repr((head.arguments, head.class_weights)), limit)
         if key not in made.encoded:
             made.encoded[key] = head.encode(plan.task.train, backbone, limit)
         rows = made.encoded[key]

@@ -6,27 +6,25 @@ arXiv:2202.10054. The features of a task are read once, whoever asks for them.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltatune.backbone.load import Backbone
-from deltatune.heads.base import Example, TaskHead, collate
+from deltatune.heads.base import Example, TaskHead
+from deltatune.heads.choice import MultipleChoice
 from deltatune.heads.classification import MultiLabel
 from deltatune.heads.pooled import Pooled
 from deltatune.heads.regression import Regression
+from deltatune.heads.span import ExtractiveSpan
 from deltatune.heads.tokens import TokenClassification
-
-# Inverse regularisation. The dev loss chooses, not the dev score: a head that knows its training rows by heart leaves a
-# delta nothing to learn from (docs/log.md, 2026-11-21).
-STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-MOST = 8000  # vectors that a probe is fitted to
-TOKENS = 2048
-
-Probe = dict[str, Tensor]
+from deltatune.training.probe_shares import probe_shares
+from deltatune.training.states import MOST, STRENGTHS, Probe, states
 
 
 def probe(head: TaskHead, train: Sequence[Example], dev: Sequence[Example], backbone: Backbone) -> Probe | None:
@@ -38,49 +36,67 @@ def probe(head: TaskHead, train: Sequence[Example], dev: Sequence[Example], back
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
 
+    if isinstance(head, MultipleChoice | ExtractiveSpan):
+        return probe_shares(head, train, dev, backbone)
     if not isinstance(head, Pooled | TokenClassification):
         return None
-    x, y = features(head, train, backbone)
-    x_dev, y_dev = features(head, dev, backbone)
-    centre, spread = x.mean(dim=0), x.std().clamp(min=1e-6)
-    scaled, scaled_dev = ((part - centre) / spread for part in (x, x_dev))
+    seen, seen_dev = features(head, train, backbone), features(head, dev, backbone)
+    if len(seen.x) < 2:
+        return None
+    centre, spread = _scale(seen)
+    seen, seen_dev = (dataclasses.replace(part, x=(part.x - centre) / spread) for part in (seen, seen_dev))
     if isinstance(head, Regression | MultiLabel):
-        fitted = _ridge if isinstance(head, Regression) else _each_label
-        weight, bias = fitted(scaled.double(), y.double(), scaled_dev.double(), y_dev.double())
+        weight, bias = _ridge(seen, seen_dev) if isinstance(head, Regression) else _each_label(seen, seen_dev, head)
         weight = weight / spread.double()
         return {"linear.weight": weight.float(), "linear.bias": (bias - weight @ centre.double()).float()}
-    if len(set(y.tolist())) < 2:
+    x, y, w = seen.x.numpy(), seen.y.numpy(), seen.weights.numpy()
+    if len({*y.tolist()}) < 2:
         return None
     best: tuple[float, Any] | None = None
     for strength in STRENGTHS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # stopped early is regularised, too
-            model = LogisticRegression(C=strength, max_iter=60).fit(scaled.numpy(), y.numpy())
-        known = torch.isin(y_dev, torch.tensor(model.classes_))
+            model = LogisticRegression(C=strength, max_iter=60).fit(x, y, w)
+        known = torch.isin(seen_dev.y, torch.tensor(model.classes_))
         if not known.any():
             return None
-        loss = float(log_loss(y_dev[known], model.predict_proba(scaled_dev[known].numpy()), labels=model.classes_))
+        chances = model.predict_proba(seen_dev.x[known].numpy())
+        weights = seen_dev.weights[known].numpy()
+        loss = float(log_loss(seen_dev.y[known], chances, sample_weight=weights, labels=model.classes_))
         if best is None or loss < best[0]:
             best = (loss, model)
     assert best is not None
-    return _tensors(best[1], centre, spread, len(head.labels))
+    return _tensors(best[1], centre, spread, head.linear.out_features)
 
 
-def _ridge(x: Tensor, y: Tensor, x_dev: Tensor, y_dev: Tensor) -> tuple[Tensor, Tensor]:
+def _scale(seen: Features) -> tuple[Tensor, Tensor]:
+    """Centre [width] and one spread of the vectors, by the weights of their items."""
+    weights = seen.weights[:, None]
+    centre, middle = (weights * seen.x).sum(dim=0) / weights.sum(), (weights * seen.x).mean() / weights.mean()
+    square = (weights * (seen.x - middle).square()).sum() / (weights.sum() * seen.x.shape[1] - 1).clamp(min=1e-6)
+    return centre, square.sqrt().clamp(min=1e-6)
+
+
+def _ridge(train: Features, dev: Features) -> tuple[Tensor, Tensor]:
     """Weight [1, width] and bias [1] of the ridge regression with the least error on dev."""
     from sklearn.linear_model import Ridge
 
-    models = [Ridge(alpha=1 / strength).fit(x.numpy(), y.numpy()) for strength in STRENGTHS]
-    best = min(models, key=lambda model: float(((model.predict(x_dev.numpy()) - y_dev.numpy()) ** 2).mean()))
+    x, y, w = train.x.double().numpy(), train.y.double().numpy(), train.weights.double().numpy()
+    models = [Ridge(alpha=1 / strength).fit(x, y, w) for strength in STRENGTHS]
+    x, y, w = dev.x.double().numpy(), dev.y.double().numpy(), dev.weights.double().numpy()
+    best = min(models, key=lambda model: float((w * (model.predict(x) - y) ** 2).sum()))
     return torch.tensor(best.coef_)[None], torch.tensor([float(best.intercept_)])
 
 
-def _each_label(x: Tensor, y: Tensor, x_dev: Tensor, y_dev: Tensor) -> tuple[Tensor, Tensor]:
+def _each_label(train: Features, dev: Features, head: MultiLabel) -> tuple[Tensor, Tensor]:
     """Weights [labels, width] and biases [labels] of a logistic regression for each label, least in loss on dev."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    share = ((y.sum(dim=0) + 0.5) / (len(y) + 1)).clamp(max=1 - 1e-6)
+    x, y, w = train.x.double(), train.y.double(), train.weights.double()
+    x_dev, y_dev, w_dev = dev.x.double(), dev.y.double(), dev.weights.double()
+    present = None if head.class_weights is None else torch.tensor(head.class_weights, dtype=torch.float64)
+    share = (((w[:, None] * y).sum(dim=0) + 0.5) / (w.sum() + 1)).clamp(max=1 - 1e-6)
     found: list[tuple[float, Tensor, Tensor]] = []
     for strength in STRENGTHS:
         weight, bias = x.new_zeros(y.shape[1], x.shape[1]), torch.log(share / (1 - share))
@@ -88,9 +104,12 @@ def _each_label(x: Tensor, y: Tensor, x_dev: Tensor, y_dev: Tensor) -> tuple[Ten
             if 0 < y[:, label].sum() < len(y):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", ConvergenceWarning)
-                    model = LogisticRegression(C=strength, max_iter=60).fit(x.numpy(), y[:, label].numpy())
+                    own = w if present is None else w * (1 + (present[label] - 1) * y[:, label])
+                    model = LogisticRegression(C=strength, max_iter=60).fit(x.numpy(), y[:, label].numpy(), own.numpy())
                 weight[label], bias[label] = torch.tensor(model.coef_[0]), float(model.intercept_[0])
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(x_dev @ weight.T + bias, y_dev)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            x_dev @ weight.T + bias, y_dev, weight=w_dev[:, None], pos_weight=present
+        )
         found.append((float(loss), weight, bias))
     return min(found, key=lambda one: one[0])[1:]
 
@@ -108,35 +127,32 @@ def _tensors(model: Any, centre: Tensor, spread: Tensor, labels: int) -> Probe:
     return {"linear.weight": whole, "linear.bias": low}
 
 
-def features(
-    head: Pooled | TokenClassification, examples: Sequence[Example], backbone: Backbone
-) -> tuple[Tensor, Tensor]:
-    """Return what a head's linear sees on the bare backbone: vectors [items, width] in float32, and targets [items]."""
+@dataclass(frozen=True)
+class Features:
+    """What a linear sees: vectors `x` [items, width] in float32, targets `y` [items], `weights` in the loss [items]."""
+
+    x: Tensor
+    y: Tensor
+    weights: Tensor
+
+
+def features(head: Pooled | TokenClassification, examples: Sequence[Example], backbone: Backbone) -> Features:
+    """Return what a head's linear sees on the bare backbone, without items that weigh nothing."""
     found: list[tuple[int, Tensor, Tensor]] = []
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    with torch.no_grad():
-        start = 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * len(examples[order[stop]].ids) <= TOKENS:
-                stop += 1
-            chunk = [examples[i] for i in order[start:stop]]
-            batch = collate(chunk, backbone)
-            hidden = backbone.trunk(**batch.inputs).last_hidden_state
-            if isinstance(head, Pooled):
-                pooled = head.pool(hidden, batch).cpu()
-                found += [
-                    (i, pooled[n : n + 1], torch.tensor([examples[i].target])) for n, i in enumerate(order[start:stop])
-                ]
-            else:
-                for n, i in enumerate(order[start:stop]):
-                    at = torch.tensor([p for p, t in enumerate(examples[i].target) if t != -100], dtype=torch.long)
-                    target = torch.tensor([examples[i].target[p] for p in at.tolist()], dtype=torch.long)
-                    found.append((i, hidden[n, at.to(hidden.device)].float().cpu(), target))
-            start = stop
+    for numbers, batch, hidden in states(examples, backbone):
+        if isinstance(head, Pooled):
+            pooled = head.pool(hidden, batch).cpu()
+            found += [(i, pooled[n : n + 1], torch.tensor([examples[i].target])) for n, i in enumerate(numbers)]
+            continue
+        for n, i in enumerate(numbers):
+            at = torch.tensor([p for p, t in enumerate(examples[i].target) if t != -100], dtype=torch.long)
+            target = torch.tensor([examples[i].target[p] for p in at.tolist()], dtype=torch.long)
+            found.append((i, hidden[n, at.to(hidden.device)].float().cpu(), target))
     found.sort(key=lambda item: item[0])
     x, y = torch.cat([item[1] for item in found]), torch.cat([item[2] for item in found])
-    if y.is_floating_point():
-        return x[:MOST], y[:MOST]
-    seen = y >= 0
-    return x[seen][:MOST], y[seen][:MOST]
+    weights = torch.cat([torch.full((len(item[1]),), examples[item[0]].weight) for item in found])
+    seen = torch.ones(len(y), dtype=torch.bool) if y.is_floating_point() else y >= 0
+    if head.class_weights is not None and not y.is_floating_point():
+        weights = weights * torch.tensor(head.class_weights)[y.clamp(min=0)]
+    seen &= weights > 0
+    return Features(x[seen][:MOST], y[seen][:MOST], weights[seen][:MOST])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -9,6 +11,7 @@ import torch
 
 from deltatune.backbone.load import Backbone
 from deltatune.errors import UnknownName, UserError
+from deltatune.training.weights import ClassWeights
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -29,6 +32,8 @@ class Settings:
     probe          whether the head starts from a logistic regression on the frozen features, or at random
     precision      of the backbone: deltas and heads are float32 always
     tokens         most tokens of one physical batch
+    class_weights  what each label weighs in the loss, 1 where not named: {label: weight}, or "balanced"; None: all the
+                   same. Rows weigh by themselves where the task has a field `weight`
     """
 
     lr: float | None = None
@@ -46,6 +51,7 @@ class Settings:
     probe: bool = True
     precision: Precision = "auto"
     tokens: int = 4096
+    class_weights: ClassWeights | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "evaluations", "max_length", "tokens", "dev_rows"):
@@ -63,6 +69,13 @@ class Settings:
             raise UserError(f"weight_decay={self.weight_decay}: expected 0 or more")
         if self.precision not in get_args(Precision):
             raise UnknownName("precision", self.precision, get_args(Precision))
+
+        if isinstance(self.class_weights, str) and self.class_weights != "balanced":
+            raise UnknownName("class_weights", self.class_weights, ["balanced"], "or give a weight for each label")
+        if isinstance(self.class_weights, Mapping):
+            for label, weight in self.class_weights.items():
+                if not (weight >= 0 and math.isfinite(weight)):
+                    raise UserError(f"class_weights: {label!r} has {weight}; expected 0 or more")
 
     def total_steps(self, rows: int) -> int:
         """Number of optimiser steps for so many training rows."""
