@@ -52,7 +52,7 @@ def inputs_written(kind: Kind, row: Row) -> list[str]:
 
 
 def written(kind: Kind, answer: Any, row: Row | None = None) -> str:
-    """Return a label, tags, labels, a number, a choice, the accepted texts, a preference or what is nearest as one text.
+    """Return a label, tags, labels, a number, a choice, accepted texts, a preference or what is nearest as one text.
 
     A choice has its words where the row is given.
     """
