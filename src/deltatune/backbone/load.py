@@ -36,7 +36,9 @@ class Backbone:
     def kind(self) -> Kind:
         """Which stacks the network has."""
         stacks = set(self.anatomy.depth)
-        return "encoder-decoder" if len(stacks) == 2 else "decoder" if stacks == {"decoder"} else "encoder"
+        return (
+            "encoder-decoder" if stacks == {"encoder", "decoder"} else "decoder" if stacks == {"decoder"} else "encoder"
+        )
 
     @property
     def trunk(self) -> nn.Module:

@@ -23,23 +23,33 @@ VOCABULARY: tuple[str, ...] = (
 )  # fmt: skip
 ORDER = {name: i for i, name in enumerate(VOCABULARY)}
 
-Rows = Literal["rows", "tokens", "none"]
+Rows = Literal["rows", "tokens", "windows", "none"]
 
 
 @dataclass(frozen=True)
 class View:
-    """Columns `start:stop` of a fused output, e.g. the query part of GPT-2's `c_attn` ([..., 3 * width])."""
+    """Columns of a fused output: `start:stop` of every `period` columns, of all of them once if `period` is 0.
+
+    E.g. the query part of GPT-2's `c_attn` ([..., 3 * width]) is one piece; in GPT-NeoX it is one piece per head.
+    """
 
     start: int
     stop: int
+    period: int = 0
 
     def take(self, h: Tensor) -> Tensor:
         """Return the viewed columns of `h` [..., width]."""
+        if self.period:
+            return h.unflatten(-1, (-1, self.period))[..., self.start : self.stop].flatten(-2)
         return h[..., self.start : self.stop]
 
     def put(self, h: Tensor, part: Tensor) -> Tensor:
         """Return `h` with the viewed columns replaced by `part`; `h` itself stays as it is."""
-        return cat([h[..., : self.start], part, h[..., self.stop :]], dim=-1)
+        if self.period:
+            h = h.unflatten(-1, (-1, self.period))
+            part = part.unflatten(-1, (h.shape[-2], -1))
+        whole = cat([h[..., : self.start], part, h[..., self.stop :]], dim=-1)
+        return whole.flatten(-2) if self.period else whole
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,10 @@ class Site:
 
     `entry` and `exit` are module paths in the backbone; for a linear they are the same module. `d_in` and `d_out`
     are the widths at the two ends. `view` picks columns where a checkpoint fuses things. `rows` says what dimension 0
-    is at run time. `bias` says whether the exit module has a bias of its own. `shapes` is for the site `weights` alone:
-    the canonical key and shape of every parameter of the trunk.
+    is at run time; "none": of a second call of the module in the same block, on a table that all rows share. `bias`
+    says whether the exit module has a bias of its own. `call` is for a block that serves as several: the site is its
+    run of this number, out of `calls` in a forward. `shapes` is for the site `weights` alone: the canonical key and
+    shape of every parameter of the trunk.
     """
 
     name: str
@@ -72,6 +84,8 @@ class Site:
     heads: Heads | None = None
     bias: bool = False
     rows: Rows = "rows"
+    call: int = 0
+    calls: int = 1
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property

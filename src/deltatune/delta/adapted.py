@@ -172,7 +172,7 @@ class Adapted(nn.Module):
             output = module(*args, **kwargs)
         if inserted:
             inserted.strip(
-                output, encoder_of_two=len(self.source.anatomy.depth) == 2 and module is not self.source.trunk
+                output, encoder_of_two=self.source.kind == "encoder-decoder" and module is not self.source.trunk
             )
         return output
 
@@ -183,6 +183,7 @@ class Adapted(nn.Module):
         if call.packed is None and (rows := _rows(kwargs)) != call.rows:
             raise RoutingError(f"the call routes {call.rows} rows, the batch has {rows}")
         call.gathered.clear()
+        call.begun.clear()
         return call
 
     def run(self, call: Call, **kwargs: Any) -> Any:

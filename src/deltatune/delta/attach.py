@@ -21,6 +21,7 @@ from deltatune.delta.layer import Layer, Params, WeightLayer
 from deltatune.errors import BackboneMismatch, RoutingError, SiteError, nearest
 
 LEDGER = "_deltatune_ledger"
+ENTRY = "hidden_states"
 # What training mode and checkpointing write on a module.
 SWITCHES = (
     "training", "gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks"
@@ -33,30 +34,54 @@ class SiteHook:
     def __init__(self, bank: Bank, opens: list[Site], inputs: list[Site], exits: list[Site]) -> None:
         self.bank, self.opens, self.inputs, self.exits = bank, opens, inputs, exits
 
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Keep the inputs of the spans that open here, and run the layers of input ports."""
         call = current()
         if call is None or call.bank is not self.bank:
             return None
         for site in self.opens:
-            call.spans[site.key] = args[0]
+            if call.runs(site):
+                call.spans[site.key] = _entry(args, kwargs)
         if not self.inputs:
             return None
-        h = args[0]
+        h = _entry(args, kwargs)
         for site in self.inputs:
-            h = self.bank.execute(call, site, "input", None, h)
-        return (h, *args[1:])
+            if call.runs(site):
+                h = self.bank.execute(call, site, "input", None, h)
+        return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, ENTRY: h})
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Run the layers of the spans that close here, inner before outer."""
         call = current()
         if call is None or call.bank is not self.bank:
             return None
         h = output if isinstance(output, Tensor) else output[0]
         for site in self.exits:
-            x = args[0] if site.entry == site.exit else call.spans.pop(site.key, None)
+            if not call.runs(site):
+                continue
+            x = _entry(args, kwargs) if site.entry == site.exit else call.spans.pop(site.key, None)
             h = self.bank.execute(call, site, "output", x, h)
         return h if isinstance(output, Tensor) else (h, *output[1:])
+
+
+class RunCounter:
+    """Counts, in the call, how often a block that serves as several has begun."""
+
+    def __init__(self, bank: Bank, site: Site) -> None:
+        self.bank, self.site = bank, site
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Say that the block begins once more."""
+        call = current()
+        if call is not None and call.bank is self.bank:
+            call.begun[self.site.exit] = call.begun.get(self.site.exit, 0) + 1
+
+
+def _entry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The tensor that a module works on: its first argument, or the one that blocks name so."""
+    return args[0] if args else kwargs.get(ENTRY)
 
 
 class Attachment:
@@ -65,7 +90,7 @@ class Attachment:
     def __init__(self, bank: Bank, source: Backbone) -> None:
         self.bank, self.module, self.live = bank, source.module, True
         _refuse_compiled(source.module)
-        bank.two_stacks = len(source.anatomy.depth) == 2
+        bank.two_stacks = source.kind == "encoder-decoder"
         ports: dict[str, tuple[list[Site], list[Site], list[Site]]] = {}
         for key, port in sorted(bank.places, key=lambda place: ORDER[bank.sites[place[0]].name]):
             site = bank.sites[key]
@@ -83,13 +108,15 @@ class Attachment:
                 if site.entry != site.exit:
                     ports.setdefault(site.entry, ([], [], []))[0].append(site)
         enter_ledger(source.module)
+        for path, site in _shared_blocks(bank, source).items():  # first, so that all hooks of the block see its number
+            source.module.get_submodule(path).register_forward_pre_hook(RunCounter(bank, site).before)
         for path, (opens, inputs, exits) in ports.items():
             module = source.module.get_submodule(path)
             hook = SiteHook(bank, opens, inputs, exits)
             if opens or inputs:
-                module.register_forward_pre_hook(hook.before)
+                module.register_forward_pre_hook(hook.before, with_kwargs=True)
             if exits:
-                module.register_forward_hook(hook.after)
+                module.register_forward_hook(hook.after, with_kwargs=True)
 
     def remove(self) -> None:
         """Take this bank's hooks off; the last one to go restores flags and the attention function."""
@@ -100,9 +127,22 @@ class Attachment:
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number, hook in list(hooks.items()):
                     owner = getattr(hook, "__self__", None)
-                    if isinstance(owner, SiteHook) and owner.bank is self.bank:
+                    if isinstance(owner, (SiteHook, RunCounter)) and owner.bank is self.bank:
                         del hooks[number]
+                        module._forward_pre_hooks_with_kwargs.pop(number, None)
+                        module._forward_hooks_with_kwargs.pop(number, None)
         leave_ledger(self.module)
+
+
+def _shared_blocks(bank: Bank, source: Backbone) -> dict[str, Site]:
+    """Map the path of each block that serves as several, and at which the bank acts, to one of its sites."""
+    found: dict[str, Site] = {}
+    for site in bank.sites.values():
+        if site.calls > 1:
+            block = source.anatomy.by_key[f"{site.stack}.{site.block}.block"]
+            bank.shared[site.key] = block.exit
+            found[block.exit] = block
+    return found
 
 
 def enter_ledger(module: nn.Module) -> None:

@@ -76,6 +76,7 @@ class Bank(nn.Module):
         self.sites: dict[str, Site] = {}
         # Set by the attachment: what the rest of the engine asks on each call.
         self.attention_sites: dict[nn.Module, Site] = {}
+        self.shared: dict[str, str] = {}  # site -> the block that serves as several
         self.has_tokens, self.two_stacks, self.weights_key = False, False, ""
         for delta, bound in zip(deltas, sites, strict=True):
             for address, layer in delta.layers.items():
@@ -204,7 +205,9 @@ class Bank(nn.Module):
                 part = self._round(call, place, runs, 1, x, part)
             part = part.reshape(shape)
             return site.view.put(h, part) if site.view is not None and port == "output" else part
-        times = call.expansion(h.shape[0], site.key)
+        if site.rows == "none" and h.shape[0] != call.rows and h.shape[0] != call.rows * call.expand:
+            return self._on_table(call, place, rounds, site, x, h)
+        times = h.shape[0] // call.rows if site.rows == "windows" else call.expansion(h.shape[0], site.key)
         order = call.permutation(times)
         if order is not None:
             part = part[order[0]]
@@ -214,6 +217,20 @@ class Bank(nn.Module):
         if order is not None:
             part = part[order[1]]
         return site.view.put(h, part) if site.view is not None and port == "output" else part
+
+    def _on_table(
+        self, call: Call, place: Place, rounds: tuple[tuple[Run, ...], ...], site: Site, x: Tensor | None, h: Tensor
+    ) -> Tensor:
+        """Run the layers of the one delta of all rows on a table that all rows share."""
+        if len(call.segments) > 1:
+            names = ", ".join(str(segment.delta) for segment in call.segments)
+            raise RoutingError(
+                f"{site.key} also runs on a table of positions that all rows share, so all rows of a call need one "
+                f"delta there; got {names}; run them one after the other, or choose other sites"
+            )
+        for (run,) in rounds:
+            h = self._run(call, place, run, x, h)
+        return h
 
     def _round(
         self, call: Call, place: Place, runs: tuple[Run, ...], times: int, x: Tensor | None, h: Tensor

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from deltatune.errors import RoutingError
 
 if TYPE_CHECKING:
+    from deltatune.backbone.sites import Site
     from deltatune.delta.bank import Bank
     from deltatune.delta.packing import Packed
     from deltatune.delta.plan import Plan
@@ -68,6 +69,8 @@ class Call:
     swaps: list[Swap] = field(default_factory=list, repr=False)
     spans: dict[str, Tensor] = field(default_factory=dict, repr=False)
     gathered: dict[Any, Any] = field(default_factory=dict, repr=False)
+    # How often each block that serves as several has begun.
+    begun: dict[str, int] = field(default_factory=dict, repr=False)
 
     @cached_property
     def rows(self) -> int:
@@ -81,6 +84,10 @@ class Call:
             expected = f"{self.rows}" if self.expand == 1 else f"{self.rows} or {self.rows * self.expand}"
             raise RoutingError(f"{place} got {size} rows, the call routes {expected}; give one delta per input row")
         return times
+
+    def runs(self, site: Site) -> bool:
+        """Whether a module that runs now does so as this site: another run of a shared block is another site."""
+        return site.calls == 1 or (self.begun[self.bank.shared[site.key]] - 1) % site.calls == site.call
 
     def start(self, row: int, times: int) -> int:
         """Return where a row begins along dimension 0 of a tensor of rows repeated `times`, or of tokens."""
@@ -137,8 +144,13 @@ def recalling(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(checkpoint)
     def wrapped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = current()
+        begun = {} if call is None else dict(call.begun)
 
         def again(*inner: Any, **more: Any) -> Any:
+            if call is not None:
+                call.begun.update(begun)  # a recomputed block begins as the same one
+                for path in call.begun.keys() - begun.keys():
+                    call.begun[path] = 0
             with entered(call), swapped(call.swaps if call is not None else ()):
                 return function(*inner, **more)
 

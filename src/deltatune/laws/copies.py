@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deltatune.backbone.anatomy import is_norm
+from deltatune.backbone.blocks import is_norm
 from deltatune.backbone.load import Backbone
 from deltatune.delta.adapted import Adapted
 from deltatune.delta.delta import Delta
