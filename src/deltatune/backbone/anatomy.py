@@ -14,7 +14,8 @@ from torch import nn
 from deltatune.backbone.blocks import Block, block_sites, embedding_like, find_stacks, is_norm, linear_shape, norm_width
 from deltatune.backbone.sites import ORDER, VOCABULARY, Selection, Site, block_numbers, expand_names
 from deltatune.backbone.synonyms import (
-    ABSENT_REASON, ABSENT_WITH_EXPERTS, ABSENT_WITHOUT_NORM, BESIDE, EMBEDDING_NORM, FINAL_NORM, PATCHES, PLAIN_NORM,
+    ABSENT_BYPASSED, ABSENT_REASON, ABSENT_WITH_EXPERTS, ABSENT_WITHOUT_NORM, BESIDE, EMBEDDING_NORM, FINAL_NORM, OUT_OF_REACH, PATCHES, PLAIN_NORM,
+    UNFOUND,
 )  # fmt: skip
 from deltatune.errors import BackboneError, SiteError
 
@@ -50,6 +51,11 @@ class Anatomy:
         if not found:
             raise SiteError(f"no site matches {names!r} in blocks={blocks!r}; the backbone has {self.depth} blocks")
         return Selection(found)
+
+    @property
+    def hidden(self) -> frozenset[str]:
+        """Of the absent names, those that the network computes all the same, in no module of their own."""
+        return frozenset(name for name, reason in self.absent.items() if reason in OUT_OF_REACH)
 
     def has(self, name: str) -> bool:
         """Say whether the backbone has a site of this name."""
@@ -116,8 +122,10 @@ def _reason(name: str, sites: list[Site]) -> str:
     names = {site.name for site in sites}
     if "ffn" in names and "ffn.up" not in names and name in ABSENT_WITH_EXPERTS:
         return ABSENT_WITH_EXPERTS[name]
+    if "attn.q" not in names and name in ABSENT_BYPASSED:
+        return ABSENT_BYPASSED[name]
     found = ABSENT_REASON.get(name) or ABSENT_REASON.get(name.split(".")[0]) or ABSENT_WITHOUT_NORM.get(name)
-    return found or "no module found for it"
+    return found or UNFOUND
 
 
 def _global_sites(
@@ -152,6 +160,8 @@ def _global_sites(
             continue
         if EMBEDDING_NORM.search(path.lower()):
             add("norm.embed", stack, path, width, width, bias)
+        elif not any(path.rpartition(".")[0] in ("", *_above(blocks[0].path)) for blocks in stacks.values()):
+            continue  # between two groups of blocks
         elif FINAL_NORM.search(path):
             add("norm.final", stack, path, width, width, bias)
         elif PLAIN_NORM.search(path):
@@ -179,6 +189,12 @@ def _shared(left: str, right: str) -> int:
     """Return how many leading components two paths share."""
     pairs = zip(left.split("."), right.split("."), strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(left.count("."), right.count(".")) + 1)
+
+
+def _above(path: str) -> list[str]:
+    """Return the paths of the modules that hold a module, outermost first."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _stands_before(model: nn.Module, path: str, block: str) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deltatune.backbone.sites import Heads, Rows, Site, View
 from deltatune.backbone.synonyms import (
-    ACTIVATION, ATTENTION, CAUSAL, CHUNKED, CROSS, EXPERTS, HEAD_NORM, INTERLEAVED, NORMS, PARTS, TOWERS,
+    ACTIVATION, ATTENTION, BYPASSED, CAUSAL, CHUNKED, CROSS, EXPERTS, FLATTENED, HEAD_NORM, INTERLEAVED, NORMS, PARTS, TOWERS,
 )  # fmt: skip
 
 
@@ -136,6 +136,8 @@ class _Finder:
             if not shape or EXPERTS.search(relative):
                 continue
             group, full = group_of(relative), f"{self.path}.{relative}"
+            if group == "attn" and getattr(self.config, "model_type", "") in BYPASSED:
+                continue
             options = ("up", "gate", "gate_up", "down") if group == "ffn" else ("q", "k", "v", "o", "qkv")
             part = next((p for p in options if PARTS[p].search(relative)), None)
             bias = getattr(module, "bias", None) is not None
@@ -149,8 +151,10 @@ class _Finder:
                 rows = "none" if part in ("q", "k") and self._on_tables(full) else self._rows(group)
                 self.add(f"{group}.{part}", full, full, *shape, bias=bias, rows=rows)
 
-    def _rows(self, group: str) -> Rows:
-        return "windows" if group == "attn" and hasattr(self.block, "window_size") else "rows"
+    def _rows(self, group: str, norm: bool = False) -> Rows:
+        windows = group == "attn" and not norm and hasattr(self.block, "window_size")
+        flat = group == "ffn" and getattr(self.config, "model_type", "") in FLATTENED
+        return "parts" if windows or flat else "rows"
 
     def _on_tables(self, path: str) -> bool:
         """Whether the projection also runs on a table of relative positions."""
@@ -201,7 +205,8 @@ class _Finder:
         module = self.model.get_submodule(full)
         width = norm_width(module)
         assert width is not None
-        self.add(f"norm.{group}", full, full, width, width, bias=getattr(module, "bias", None) is not None)
+        bias = getattr(module, "bias", None) is not None
+        self.add(f"norm.{group}", full, full, width, width, bias=bias, rows=self._rows(group, norm=True))
 
     def spans(self) -> None:
         for group in ("attn", "cross"):
@@ -212,12 +217,12 @@ class _Finder:
         up, down = self.sites.get("ffn.up"), self.sites.get("ffn.down")
         width = next((s.d_in for s in self.sites.values() if s.name in ("attn.q", "ffn.up")), 0)
         if up and down:
-            self.add("ffn", up.entry, down.exit, up.d_in, down.d_out)
+            self.add("ffn", up.entry, down.exit, up.d_in, down.d_out, rows=self._rows("ffn"))
             act = next(
                 (p for p, _ in self.block.named_modules() if ACTIVATION.search(p) and group_of(p) == "ffn"), None
             )
             if act is not None:
-                self.add("ffn.act", f"{self.path}.{act}", f"{self.path}.{act}", down.d_in, down.d_in)
+                self.add("ffn.act", f"{self.path}.{act}", f"{self.path}.{act}", down.d_in, down.d_in, rows=self._rows("ffn"))
         else:
             mixture = next((p.rpartition(".")[0] for p, _ in self.block.named_modules() if EXPERTS.search(p)), "")
             if mixture:

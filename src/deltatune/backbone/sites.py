@@ -23,7 +23,7 @@ VOCABULARY: tuple[str, ...] = (
 )  # fmt: skip
 ORDER = {name: i for i, name in enumerate(VOCABULARY)}
 
-Rows = Literal["rows", "tokens", "windows", "none"]
+Rows = Literal["rows", "parts", "none"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Site:
 
     `entry` and `exit` are module paths in the backbone; for a linear they are the same module. `d_in` and `d_out`
     are the widths at the two ends. `view` picks columns where a checkpoint fuses things. `rows` says what dimension 0
-    is at run time; "none": of a second call of the module in the same block, on a table that all rows share. `bias`
+    is at run time; "parts": each row's windows or tokens, row after row; "none": of a second call of the module in the same block, on a table that all rows share. `bias`
     says whether the exit module has a bias of its own. `call` is for a block that serves as several: the site is its
     run of this number, out of `calls` in a forward. `shapes` is for the site `weights` alone: the canonical key and
     shape of every parameter of the trunk.

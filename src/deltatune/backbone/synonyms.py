@@ -62,6 +62,11 @@ INTERLEAVED = ("deberta", "gpt_bigcode")
 # Fused projections in so many chunks, and the order of the parts in a chunk.
 CHUNKED = {"codegen": (4, "qvk")}
 
+# Decoders that flatten rows and tokens for the feed-forward and its norm.
+FLATTENED = ("opt",)
+# Attention that hands its weights to one function of torch, so that its projections never run as modules.
+BYPASSED = ("wavlm",)
+
 ABSENT_REASON = {
     "cross": "no attention to an encoder",
     "ffn.gate": "the feed-forward has no gate",
@@ -75,7 +80,14 @@ ABSENT_WITH_EXPERTS = {
     part: "the experts are one parameter for all, not modules; `ffn` is the whole mixture"
     for part in ("ffn.up", "ffn.gate", "ffn.act", "ffn.down")
 }
+ABSENT_BYPASSED = {
+    part: "the attention hands its weights to one function of torch; its projections never run as modules"
+    for part in ("attn", "attn.q", "attn.k", "attn.v", "attn.o")
+}
 ABSENT_WITHOUT_NORM = {
     "norm.attn": "the block has no norm of its own for the attention",
     "norm.ffn": "one norm serves attention and feed-forward alike: it is norm.attn",
 }
+UNFOUND = "no module found for it"
+# Reasons that say nothing of the network, only of how it is written.
+OUT_OF_REACH = {UNFOUND, ABSENT_REASON["ffn.act"], *ABSENT_WITH_EXPERTS.values(), *ABSENT_BYPASSED.values()}

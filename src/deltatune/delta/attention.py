@@ -89,8 +89,7 @@ def _packed(
     site = call.bank.attention_sites.get(module)
     prefixed = site is not None and call.plan.rounds((site.key, "kv"))
     grid = call.packed.rows if prefixed else call.packed.buckets
-    is_causal = options.get("is_causal")
-    ordered = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    ordered = _ordered(module, options.get("is_causal"))
     cells = [grid.spread(t.squeeze(0).transpose(0, 1)) for t in (query, key, value)]
     sizes = [rows * length for rows, length in grid.shapes]
     found = []
@@ -102,6 +101,11 @@ def _packed(
         out, _ = _by_rows(inner, call, module, q, k, v, None if ordered else seen, options)
         found.append(out.flatten(0, 1))
     return grid.collect(torch.cat(found)).unsqueeze(0)
+
+
+def _ordered(module: nn.Module, is_causal: bool | None) -> bool:
+    """Whether a query sees nothing after itself; a module that does not say does so, as in transformers."""
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
 def _by_rows(
@@ -149,7 +153,7 @@ def plain(
     scores = torch.matmul(query * scale, key.transpose(2, 3))
     if position_bias is not None:
         scores = scores + position_bias
-    if mask is None and query.shape[2] > 1 and (module.is_causal if is_causal is None else is_causal):
+    if mask is None and query.shape[2] > 1 and _ordered(module, is_causal):
         mask = causal(query, key)
     if mask is not None:
         if mask.dtype == torch.bool:
@@ -187,8 +191,7 @@ def with_prefix(
     """
     keys, values, seen = _prefixes(call, site, key)
     length = keys.shape[2]
-    is_causal = options.get("is_causal")
-    if mask is None and query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if mask is None and query.shape[2] > 1 and _ordered(module, options.get("is_causal")):
         mask = causal(query, key)
     if mask is not None or seen is not None:
         rows, queries = key.shape[0], query.shape[2]

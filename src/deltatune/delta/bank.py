@@ -207,7 +207,7 @@ class Bank(nn.Module):
             return site.view.put(h, part) if site.view is not None and port == "output" else part
         if site.rows == "none" and h.shape[0] != call.rows and h.shape[0] != call.rows * call.expand:
             return self._on_table(call, place, rounds, site, x, h)
-        times = h.shape[0] // call.rows if site.rows == "windows" else call.expansion(h.shape[0], site.key)
+        times = h.shape[0] // call.rows if site.rows == "parts" else call.expansion(h.shape[0], site.key)
         order = call.permutation(times)
         if order is not None:
             part = part[order[0]]
