@@ -164,6 +164,7 @@ KINDS = {"text": TEXT, "causal": CAUSAL, "seq2seq": SEQ2SEQ, "pixels": PIXELS, "
 AUTO: dict[str, Any] = {
     "causal": hf.AutoModelForCausalLM, "seq2seq": hf.AutoModelForSeq2SeqLM, "mel": hf.AutoModelForSpeechSeq2Seq
 }  # fmt: skip
+MIXTURES = ("mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe")
 FAMILIES = tuple(name for table in KINDS.values() for name in table)
 
 
@@ -172,11 +173,11 @@ def kind(family: str) -> str:
     return next(kind for kind, table in KINDS.items() if family in table)
 
 
-def build(family: str) -> nn.Module:
+def build(family: str, experts_implementation: str = "eager") -> nn.Module:
     """A random model, the same each time; biases and norms are perturbed, so that nothing is hidden by zeros and ones."""
     known = set(vars(hf.AutoConfig.for_model(family)))
     given = KINDS[kind(family)][family]
-    experts = {"experts_implementation": "eager"}  # the others multiply no float64
+    experts = {"experts_implementation": experts_implementation}  # the others multiply no float64
     config = hf.AutoConfig.for_model(family, **given, **experts, **{k: v for k, v in STILL.items() if k in known})
     torch.manual_seed(0)
     model = AUTO.get(kind(family), hf.AutoModel).from_config(config)

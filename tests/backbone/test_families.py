@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.backbone.families import FAMILIES, build, inputs, kind
+from tests.backbone.families import FAMILIES, MIXTURES, build, inputs, kind
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +22,7 @@ from deltatune.backbone.sites import Site
 from deltatune.delta.adapted import Adapted
 from deltatune.delta.delta import Delta
 from deltatune.delta.layer import Layer, Params
+from deltatune.errors import SiteError
 
 ABSENT = Path(__file__).with_name("absent.tsv")
 # Attention that is no weighted mean of values: an approximation of one, or with convolutions beside it.
@@ -72,10 +73,10 @@ class Probing(Layer):
 class Subject:
     """A family with the probe at all of its sites."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, module: nn.Module | None = None) -> None:
         self.family = family
         self.dtype = torch.float32 if family in NO_DOUBLE else torch.float64
-        self.backbone = Backbone(build(family).to(self.dtype))
+        self.backbone = Backbone((module or build(family)).to(self.dtype))
         self.least = 1e-4 if family in NO_DOUBLE else 1e-9
         self.module, self.anatomy = self.backbone.module, self.backbone.anatomy
         self.probe = Probe()
@@ -108,6 +109,11 @@ class Subject:
                 float((h - was).abs().max()) > self.least for (_, h), (_, was) in zip(calls, self.bare[key], strict=True)
             )
         }
+
+    def last(self) -> str:
+        """The output of the last block of the last stack."""
+        stack, depth = list(self.anatomy.depth.items())[-1]
+        return f"{stack}.{depth - 1}.block"
 
     def within(self, stack: str, number: int) -> dict[str, Site]:
         return {s.name: s for s in self.sites if (s.stack, s.block) == (stack, number)}
@@ -143,6 +149,64 @@ def perturbed(subject: Subject, site: Site) -> Iterator[None]:
         weight.copy_(kept)
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family in MIXTURES])
+def test_inside_a_mixture_of_experts(family: str) -> None:
+    """Each (token, chosen expert) pair, token after token, through the matrices of its expert."""
+    subject = Subject(family)
+    at = subject.within("decoder", 1)
+    module = subject.module.get_submodule(at["ffn.up"].exit)
+    chosen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda module, args: chosen.append(args[1]))
+    seen = subject.run()
+    handle.remove()
+    expert = chosen[0].reshape(-1)
+    (x, up), (_, gate), (acted_from, acted), (h, down) = (
+        tuple(t.flatten(0, 1) for t in seen[at[f"ffn.{part}"].key][0]) for part in ("up", "gate", "act", "down")
+    )
+    both = torch.einsum("pi,poi->po", x, module.gate_up_proj[expert])
+    torch.testing.assert_close(torch.cat([gate, up], dim=-1), both)
+    torch.testing.assert_close(acted_from, gate)
+    torch.testing.assert_close(h, acted * up)
+    torch.testing.assert_close(down, torch.einsum("pi,poi->po", h, module.down_proj[expert]))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_experts_are_computed_as_the_backbone_computes_them(implementation: str) -> None:
+    module, batch = build("mixtral", implementation), inputs("mixtral")
+    with torch.no_grad():
+        bare = module(**batch).logits
+        backbone = Backbone(module)
+        sites = [(0, site) for site in backbone.anatomy.sites if site.inside]
+        assert len(sites) == 8
+        with Adapted(backbone, [Delta(Probe(), sites, name="probe")]) as adapted:  # type: ignore[arg-type]
+            torch.testing.assert_close(adapted(**batch).logits, bare)
+        assert module.config._experts_implementation == implementation
+        assert torch.equal(module(**batch).logits, bare)
+
+
+def test_experts_out_of_reach_are_refused() -> None:
+    module = build("mixtral", "eager")
+    module.config._experts_implementation_internal = "sonicmoe"
+    with pytest.raises(SiteError, match="'sonicmoe' takes no delta at decoder.0.ffn.up; load the backbone with"):
+        Subject.__init__(object.__new__(Subject), "mixtral", module)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_probe_that_changes_nothing_changes_nothing(family: str) -> None:
+    subject = Subject(family)
+    key = "decoder.norm.final" if "decoder.norm.final" in subject.bare else subject.last()
+    given = subject.bare[key][0][1]
+    subject.adapted.remove()
+    kept: list[Tensor] = []
+    module = subject.module.get_submodule(subject.anatomy.by_key[key].exit)
+    handle = module.register_forward_hook(lambda m, a, o: kept.append(o if isinstance(o, Tensor) else o[0]))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        subject.module(**subject.batch)
+    handle.remove()
+    torch.testing.assert_close(kept[-1].reshape(given.shape), given)
+
+
 def tied(subject: Subject, site: Site) -> bool:
     weight = subject.module.get_submodule(site.exit)._parameters.get("weight")
     return sum(p is weight for _, p in subject.module.named_parameters(remove_duplicate=False)) > 1
@@ -156,11 +220,8 @@ def test_each_site_is_called_with_its_widths_and_rows(subject: Subject) -> None:
         x, h = calls[0]
         assert x.shape[-1] == (site.d_out if site.name == "embed" else site.d_in), site.key
         assert h.shape[-1] == site.d_out, site.key
-        if site.rows == "parts":
-            assert len(h) % subject.rows == 0, site.key
-            assert len(h) > subject.rows or site.block != 0, site.key  # the last window may hold all
-        else:
-            assert len(h) == subject.rows, site.key
+        assert len(h) == subject.rows, site.key
+        assert site.rows != "parts" or h.ndim + site.inside + (subject.family == "opt") == 4, site.key
         if site.rows == "none":
             assert len(calls[1][1]) == 1, site.key
 
@@ -182,7 +243,7 @@ def test_a_linear_or_norm_is_what_its_site_gives(subject: Subject) -> None:
     """Output = weight times input, through the view; so the weights behind a site are those that are declared."""
     for site in subject.sites:
         module = subject.module.get_submodule(site.exit)
-        if site.entry != site.exit or site.name in ("block", "ffn.act", "embed"):
+        if site.entry != site.exit or site.inside or site.name in ("block", "ffn.act", "embed"):
             continue
         x, h = subject.bare[site.key][0]
         assert site.bias == (getattr(module, "bias", None) is not None), site.key

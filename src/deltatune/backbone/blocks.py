@@ -224,10 +224,35 @@ class _Finder:
             if act is not None:
                 self.add("ffn.act", f"{self.path}.{act}", f"{self.path}.{act}", down.d_in, down.d_in, rows=self._rows("ffn"))
         else:
-            mixture = next((p.rpartition(".")[0] for p, _ in self.block.named_modules() if EXPERTS.search(p)), "")
-            if mixture:
-                self.add("ffn", f"{self.path}.{mixture}", f"{self.path}.{mixture}", width, width)
+            self._mixture(width)
         self.add("block", self.path, self.path, width, width)
+
+
+    def _mixture(self, width: int) -> None:
+        experts = next((p for p, _ in self.block.named_modules() if EXPERTS.search(p)), "")
+        if not experts:
+            return
+        mixture, full = f"{self.path}.{experts.rpartition('.')[0]}", f"{self.path}.{experts}"
+        self.add("ffn", mixture, mixture, width, width)
+        module: Any = self.model.get_submodule(full)
+        if not fused_experts(module):
+            return
+        inner = module.down_proj.shape[1 if module.is_transposed else 2]
+        facts = {"rows": "parts", "inside": True}
+        for name in ("ffn.up", "ffn.gate"):
+            self.add(name, full, full, width, inner, bias=hasattr(module, "gate_up_proj_bias"), **facts)
+        self.add("ffn.act", full, full, inner, inner, **facts)
+        self.add("ffn.down", full, full, inner, width, bias=hasattr(module, "down_proj_bias"), **facts)
+
+
+def fused_experts(module: Any) -> bool:
+    """Whether a mixture keeps its experts as transformers' interface of experts has them: gated, with plain gates."""
+    gate = getattr(type(module), "_apply_gate", None)
+    return (
+        getattr(gate, "__name__", "") == "_default_apply_gate"
+        and bool(module.has_gate and module.is_concatenated and not module.has_post_expert_norm)
+        and not module._is_expert_parallel
+    )
 
 
 def heads_of(model: nn.Module, q: Site, k: Site) -> Heads | None:

@@ -1,7 +1,7 @@
 """Attachment: the hooks of a bank on a backbone, and what is needed to give the backbone back exactly.
 
-Several banks may be attached to one backbone and come off in any order. What they share (frozen flags, the attention
-function) is kept in one ledger on the backbone, which goes away with the last of them.
+Several banks may be attached to one backbone and come off in any order. What they share (frozen flags, the functions of
+attention and experts) is kept in one ledger on the backbone, which goes away with the last of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deltatune.backbone.fingerprint import compare
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import ORDER, Site
-from deltatune.delta.attention import registered
+from deltatune.delta import attention, experts
 from deltatune.delta.bank import Bank
 from deltatune.delta.call import Swap, current
 from deltatune.delta.delta import Delta
@@ -94,7 +94,11 @@ class Attachment:
         ports: dict[str, tuple[list[Site], list[Site], list[Site]]] = {}
         for key, port in sorted(bank.places, key=lambda place: ORDER[bank.sites[place[0]].name]):
             site = bank.sites[key]
-            if port == "kv":
+            if site.inside:
+                module = source.module.get_submodule(site.exit)
+                experts.check_reachable(module, site)
+                bank.expert_sites.setdefault(module, {})[site.name] = site
+            elif port == "kv":
                 assert site.heads is not None
                 bank.attention_sites[source.module.get_submodule(site.heads.module)] = site
             elif port == "tokens":
@@ -155,10 +159,13 @@ def enter_ledger(module: nn.Module) -> None:
             "requires_grad": {name: p.requires_grad for name, p in module.named_parameters()},
             "switches": {part: _switches(part) for part in module.modules()},
             "attention": {path: config._attn_implementation for path, config in configs.items()},
+            "experts": {path: config._experts_implementation for path, config in configs.items()},
         }
         for config in configs.values():
             if config._attn_implementation in ("sdpa", "eager"):
-                config._attn_implementation_internal = registered(config._attn_implementation)
+                config._attn_implementation_internal = attention.registered(config._attn_implementation)
+            if config._experts_implementation in experts.KNOWN:
+                config._experts_implementation_internal = experts.registered(config._experts_implementation)
         module.__dict__[LEDGER] = ledger
         module.requires_grad_(False)
     ledger["banks"] += 1
@@ -174,6 +181,7 @@ def leave_ledger(module: nn.Module) -> None:
         parameter.requires_grad_(ledger["requires_grad"][name])
     for path, config in _configs(module).items():
         config._attn_implementation_internal = ledger["attention"][path]
+        config._experts_implementation_internal = ledger["experts"][path]
     for part, switches in ledger["switches"].items():
         # Checkpointing puts hooks on the embeddings that make their output ask for gradients.
         for hook in part.__dict__.get("_require_grads_hooks", []):

@@ -76,6 +76,7 @@ class Bank(nn.Module):
         self.sites: dict[str, Site] = {}
         # Set by the attachment: what the rest of the engine asks on each call.
         self.attention_sites: dict[nn.Module, Site] = {}
+        self.expert_sites: dict[nn.Module, dict[str, Site]] = {}
         self.shared: dict[str, str] = {}  # site -> the block that serves as several
         self.has_tokens, self.two_stacks, self.weights_key = False, False, ""
         for delta, bound in zip(deltas, sites, strict=True):
@@ -191,7 +192,7 @@ class Bank(nn.Module):
         """Run all layers of the call at one place and return the new tensor.
 
         x [rows, ..., d_in] the entry of the span, h [rows, ..., d_out] the tensor that changes; dimension 0 must be the
-        call's rows, or those rows expanded. RoutingError otherwise.
+        call's rows, or those rows expanded, or their parts. RoutingError otherwise.
         """
         place = (site.key, port)
         rounds = call.plan.rounds(place)
@@ -207,7 +208,10 @@ class Bank(nn.Module):
             return site.view.put(h, part) if site.view is not None and port == "output" else part
         if site.rows == "none" and h.shape[0] != call.rows and h.shape[0] != call.rows * call.expand:
             return self._on_table(call, place, rounds, site, x, h)
-        times = h.shape[0] // call.rows if site.rows == "parts" else call.expansion(h.shape[0], site.key)
+        if site.rows == "parts":
+            part = part.unflatten(0, (call.rows, -1))
+            x = x.unflatten(0, (call.rows, -1)) if x is not None else None
+        times = call.expansion(part.shape[0], site.key)
         order = call.permutation(times)
         if order is not None:
             part = part[order[0]]
@@ -216,6 +220,7 @@ class Bank(nn.Module):
             part = self._round(call, place, runs, times, x, part)
         if order is not None:
             part = part[order[1]]
+        part = part.flatten(0, 1) if site.rows == "parts" else part
         return site.view.put(h, part) if site.view is not None and port == "output" else part
 
     def _on_table(
