@@ -37,6 +37,9 @@ class View:
     stop: int
     period: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.start}:{self.stop}" + (f" of every {self.period}" if self.period else "")
+
     def take(self, h: Tensor) -> Tensor:
         """Return the viewed columns of `h` [..., width]."""
         if self.period:

@@ -57,7 +57,7 @@ def described(backbone: Backbone) -> dict[str, Any]:
                 "d_in": found[0].d_in,
                 "d_out": found[0].d_out,
                 "ports": ports(found[0]),
-                "view": None if found[0].view is None else [found[0].view.start, found[0].view.stop],
+                "view": None if found[0].view is None else str(found[0].view),
                 "module": _pattern(found),
             }
             for (stack, name), found in groups.items()
@@ -100,7 +100,7 @@ def _present(rows: Sequence[dict[str, Any]]) -> Table:
         "site", "blocks", "in", "out", "ports", "module (in its block)", right=("in", "out"), whole=("site", "blocks")
     )  # fmt: skip
     for row in rows:
-        view = "" if row["view"] is None else f" [{row['view'][0]}:{row['view'][1]}]"
+        view = "" if row["view"] is None else f" [{row['view']}]"
         module = re.sub(r"[^ ]*\.\*\.", "", row["module"]) + view
         name = f"{row['stack']} {row['site']}" if several else row["site"]
         widths = (f"{row['d_in']:,}", f"{row['d_out']:,}")

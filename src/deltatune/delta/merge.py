@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.backbone.anatomy import is_norm, linear_shape
+from deltatune.backbone.blocks import is_norm, linear_shape
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site
 from deltatune.delta.attach import LEDGER, check_fits
@@ -98,6 +98,11 @@ def _check(backbone: Backbone, delta: Delta, found: Sequence[tuple[Site, Layer]]
         if isinstance(layer, WeightLayer):
             continue
         module = backbone.module.get_submodule(site.exit)
+        if site.calls > 1:
+            raise SiteError(
+                f"{delta.name!r} cannot be merged: the weights at {site.key} serve as {site.calls} blocks, and it acts in "
+                f"one of them; leave it attached"
+            )
         if site.entry != site.exit or not (linear_shape(module) or is_norm(module)):
             raise SiteError(f"{delta.name!r} cannot be merged: {site.key} is no linear and no norm; leave it attached")
         shared = places[id(module._parameters["weight"])]
@@ -129,7 +134,7 @@ def _values(backbone: Backbone, found: Sequence[tuple[Site, Layer]]) -> list[tup
         own = getattr(module, "bias", None)
         bias = None if own is None else own.to(dtype, copy=True)
         for site, layer in layers:
-            rows = slice(None) if site.view is None else slice(site.view.start, site.view.stop)
+            rows = torch.arange(len(weight)) if site.view is None else site.view.take(torch.arange(len(weight)))
             part, part_bias = layer.merged(_params(layer, dtype), weight[rows], None if bias is None else bias[rows])
             weight[rows] = part
             if part_bias is not None:
