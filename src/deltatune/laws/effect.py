@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltatune.backbone.blocks import linear_shape
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import VOCABULARY, Site
 from deltatune.delta.adapted import Adapted
 from deltatune.delta.layer import Layer
 from deltatune.delta.merge import merge
 from deltatune.delta.method import Method
-from deltatune.errors import RoutingError, UserError
+from deltatune.errors import RoutingError, SiteError, UserError
 from deltatune.laws.subject import Subject, agree, agree_rows, demand, gradients, made, same_bits, score
 
 
@@ -141,7 +142,8 @@ def _width(backbone: Backbone, site: Site, layer: Layer) -> int:
     """Width of the tensor that the layer's module gives out, or takes in."""
     if layer.port == "input":
         return site.d_in
-    return site.d_out if site.view is None else 3 * site.d_out
+    shape = linear_shape(backbone.module.get_submodule(site.exit)) if site.view is not None else None
+    return shape[1] if shape else site.d_out
 
 
 def merges_as_declared(subject: Subject) -> None:
@@ -153,6 +155,12 @@ def merges_as_declared(subject: Subject) -> None:
     rows = subject.rows(3)
     wanted = subject.run(Adapted(backbone, [delta]), rows, "subject")
     before = dict(plain.module.named_parameters(remove_duplicate=False))
+    if any(site.calls > 1 or site.inside for site, _ in delta.at_sites()):
+        try:
+            merge(plain, delta)
+        except SiteError:
+            return
+        demand(False, "merged where no weight is this place's own")
     merged = merge(plain, delta)
     agree_rows(subject.cut(plain.module(**subject.batch(rows)), rows), wanted, "merged against attached")
     merged.unmerge()
