@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.fingerprint import compare
@@ -18,6 +19,7 @@ from deltatune.delta.bank import Bank
 from deltatune.delta.call import Swap, current
 from deltatune.delta.delta import Delta
 from deltatune.delta.layer import Layer, Params, WeightLayer
+from deltatune.delta.tokens import own_positions
 from deltatune.errors import BackboneMismatch, RoutingError, SiteError, nearest
 
 LEDGER = "_deltatune_ledger"
@@ -64,6 +66,42 @@ class SiteHook:
             x = _entry(args, kwargs) if site.entry == site.exit else call.spans.pop(site.key, None)
             h = self.bank.execute(call, site, "output", x, h)
         return h if isinstance(output, Tensor) else (h, *output[1:])
+
+
+class ShiftHook:
+    """Moves the text's positions on, for the rows of deltas that ask for it, wherever the trunk is called."""
+
+    def __init__(self, bank: Bank, source: Backbone) -> None:
+        self.bank, self.source = bank, source
+        deltas = [bank[name] for name in bank.names]
+        self.shifts = {delta.name: max((layer.shift for _, layer in delta.at_sites()), default=0) for delta in deltas}
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give the trunk the positions that it would use, moved on."""
+        call = current()
+        if call is None or call.bank is not self.bank:
+            return None
+        own = [self.shifts[s.delta] if s.delta is not None and s.scale else 0 for s in call.segments]
+        if not any(own):
+            return None
+        ids = args[0] if args else kwargs.get("input_ids")
+        like = ids if ids is not None else kwargs["inputs_embeds"]
+        times = call.expansion(like.shape[0], "the positions")
+        moved = torch.tensor(own, device=like.device).repeat_interleave(
+            torch.tensor([s.rows * times for s in call.segments], device=like.device)
+        )
+        order = call.permutation(times)
+        cache = kwargs.get("past_key_values")
+        start = cache.get_seq_length() if cache is not None else 0
+        limit = self.source.positions
+        if limit is not None and start + like.shape[1] + max(own) > limit:
+            raise RoutingError(
+                f"{start + like.shape[1]} tokens after a prefix of {max(own)} exceed the {limit} positions of "
+                f"{self.source.name}"
+            )
+        positions = own_positions(self.source, ids, like, kwargs.get("position_ids"), start)
+        kwargs["position_ids"] = positions + (moved[order[1]] if order else moved)[:, None]
+        return args, kwargs
 
 
 class RunCounter:
@@ -121,6 +159,9 @@ class Attachment:
                 module.register_forward_pre_hook(hook.before, with_kwargs=True)
             if exits:
                 module.register_forward_hook(hook.after, with_kwargs=True)
+        shift = ShiftHook(bank, source)
+        if any(shift.shifts.values()):
+            source.trunk.register_forward_pre_hook(shift.before, with_kwargs=True)
 
     def remove(self) -> None:
         """Take this bank's hooks off; the last one to go restores flags and the attention function."""
@@ -131,7 +172,7 @@ class Attachment:
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number, hook in list(hooks.items()):
                     owner = getattr(hook, "__self__", None)
-                    if isinstance(owner, (SiteHook, RunCounter)) and owner.bank is self.bank:
+                    if isinstance(owner, (SiteHook, RunCounter, ShiftHook)) and owner.bank is self.bank:
                         del hooks[number]
                         module._forward_pre_hooks_with_kwargs.pop(number, None)
                         module._forward_hooks_with_kwargs.pop(number, None)

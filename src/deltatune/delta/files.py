@@ -28,6 +28,7 @@ from deltatune.errors import DeltaFileError, OutputError, UserError
 
 FORMAT = "deltatune.delta/1"
 MANIFEST, TENSORS = "delta.json", "delta.safetensors"
+PEFT_CONFIG = "adapter_config.json"
 SEAL = "manifest_sha256"  # of everything else in the manifest
 
 
@@ -94,7 +95,7 @@ def _write(delta: Delta, work: Path) -> None:
 
 
 def load(folder: str | Path, backbone: Backbone | None = None, *, verify: bool = True) -> Delta:
-    """Read a delta from a folder; with a backbone, check that it fits.
+    """Read a delta from a folder, ours or PEFT's; with a backbone, check that it fits.
 
     DeltaFileError if a file is missing, of another version, tampered with, or lacks or adds a tensor; BackboneMismatch
     if the backbone has other weights. No code is imported from the folder.
@@ -103,6 +104,15 @@ def load(folder: str | Path, backbone: Backbone | None = None, *, verify: bool =
     from safetensors.torch import load_file
 
     place = Path(folder)
+    if is_peft(place):
+        if backbone is None:
+            raise DeltaFileError(
+                f"{place} is a PEFT folder, which can be read onto a backbone only: give it to Delta.load, or use "
+                f"`deltatune import {place} --backbone NAME --out OUT`"
+            )
+        from deltatune.delta.exchange.peft import read
+
+        return read(place, backbone)
     manifest = _manifest(place)
     seal = _seal(manifest)
     try:
@@ -130,6 +140,11 @@ def load(folder: str | Path, backbone: Backbone | None = None, *, verify: bool =
         check_fits(delta, backbone, verify=verify)
         delta.to(backbone.device)
     return delta
+
+
+def is_peft(folder: Path) -> bool:
+    """Say whether a folder is PEFT's and not ours."""
+    return (folder / PEFT_CONFIG).is_file() and not (folder / MANIFEST).is_file()
 
 
 def _manifest(place: Path) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class Layer(nn.Module):
     positionwise: ClassVar[bool] = True
 
     dropout: float = 0.0
+    shift: int = 0  # by how many positions it moves the text on
     tied: tuple[str, ...] = ()  # names of parameters that other sites of the same delta share; set by the delta
 
     def static(self) -> tuple[Any, ...]:

@@ -96,10 +96,14 @@ class Plan:
 def packs(delta: Delta, training: bool) -> bool:
     """Whether a delta may run on tokens without padding.
 
-    Layers that see whole rows, and those that put tokens in, need the rows; dropout is drawn row by row, and a mixture
-    of experts sees several pairs for each token.
+    Layers that see whole rows, and those that put tokens in or move positions, need the rows; dropout is drawn row by
+    row, and a mixture of experts sees several pairs for each token.
     """
     return all(
-        layer.positionwise and layer.port != "tokens" and not site.inside and not (training and layer.dropout)
+        layer.positionwise
+        and layer.port != "tokens"
+        and not layer.shift
+        and not site.inside
+        and not (training and layer.dropout)
         for site, layer in delta.at_sites()
     )

@@ -130,18 +130,23 @@ def _positions(
     backbone: Backbone, ids: Tensor | None, embeds: Tensor, given: Tensor | None, at: int, seen: Tensor
 ) -> Tensor:
     """Positions [rows, tokens + prompt]: what the backbone would use, moved by each row's own number of tokens."""
-    rows, length = embeds.shape[:2]
-    if given is not None:
-        base = given.expand(rows, length)
-    else:
-        base = torch.arange(length, device=embeds.device).expand(rows, length)
-        embeddings: Any = getattr(getattr(backbone.module, "base_model", None), "embeddings", None)
-        if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa counts from after the padding index
-            padding = int(embeddings.padding_idx)
-            base = base + padding + 1
-            if ids is not None:
-                base = embeddings.create_position_ids_from_input_ids(ids, padding)
+    base = own_positions(backbone, ids, embeds, given)
     number = seen.sum(dim=1, keepdim=True)
     start = base[:, at - 1 : at] + 1 if at else base[:, :1]
     middle = start + (seen.long().cumsum(dim=1) - 1).clamp(min=0)
     return torch.cat([base[:, :at], middle, base[:, at:] + number], dim=1)
+
+
+def own_positions(backbone: Backbone, ids: Tensor | None, like: Tensor, given: Tensor | None, start: int = 0) -> Tensor:
+    """Positions [rows, tokens] that the backbone would use for rows shaped as `like`, of which `start` are cached."""
+    rows, length = like.shape[:2]
+    if given is not None:
+        return given.expand(rows, length)
+    base = torch.arange(start, start + length, device=like.device).expand(rows, length)
+    embeddings: Any = getattr(getattr(backbone.module, "base_model", None), "embeddings", None)
+    if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa counts from after the padding index
+        padding = int(embeddings.padding_idx)
+        base = base + padding + 1
+        if ids is not None:
+            base = embeddings.create_position_ids_from_input_ids(ids, padding)
+    return base

@@ -30,24 +30,28 @@ class Prefix(Method):
 
     n: int = Field(default=16, ge=1)
     std: float = Field(default=0.02, ge=0)
+    shift: bool = False  # the text's positions begin after the prefix, as where a cache holds it (PEFT)
     at: str = "attn cross"
 
     def sites(self, backbone: Backbone) -> Selection:
         selected = backbone.anatomy.select(existing(self.at, backbone), self.blocks)
         lacking = [site.key for site in selected if site.heads is None]
+        if self.shift and len(backbone.anatomy.depth) == 2:
+            raise SiteError("shift=True needs positions that can be moved; an encoder-decoder has none to move")
         if lacking:
             raise SiteError(f"a prefix needs attention sites ('attn', 'cross'); it cannot stand at {lacking[0]}")
         return selected
 
     def layer(self, site: Site, generator: torch.Generator) -> PrefixLayer:
-        return PrefixLayer(site, self.n, self.std, generator)
+        return PrefixLayer(site, self.n, self.std, self.shift, generator)
 
 
 class PrefixLayer(KeyValueLayer):
     """n keys and n values."""
 
-    def __init__(self, site: Site, n: int, std: float, generator: torch.Generator) -> None:
+    def __init__(self, site: Site, n: int, std: float, shift: bool, generator: torch.Generator) -> None:
         super().__init__()
+        self.shift = n if shift else 0
         assert site.heads is not None
         width = site.heads.number * site.heads.width
         self.keys = normal((n, width), std, generator)

@@ -1,0 +1,1 @@
+"""Exchange: saved deltas in the formats of other libraries."""

@@ -1,0 +1,206 @@
+"""PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`, read and written.
+
+Such a folder says nothing of the backbone's weights, so that reading one warns that they cannot be verified; shapes and
+names are checked. What has no counterpart is refused by name, never left out in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from deltatune.backbone.embedded import EMBEDDED
+from deltatune.backbone.load import Backbone
+from deltatune.backbone.sites import Site
+from deltatune.delta.attach import check_fits
+from deltatune.delta.delta import Delta
+from deltatune.delta.exchange.places import Member, Naming
+from deltatune.delta.exchange.sequences import read_prefix, read_prompt, write_prefix, write_prompt
+from deltatune.delta.exchange.thin import PREFIX, read_ia3, read_lora, write_ia3, write_lora
+from deltatune.delta.files import PEFT_CONFIG as CONFIG
+from deltatune.delta.files import whole_folder
+from deltatune.delta.method import Composition, members
+from deltatune.errors import DeltaFileError, DeltatuneError, OutputError, UnknownName, UserError
+
+TENSORS = "adapter_model.safetensors"
+TASK = {"encoder": "FEATURE_EXTRACTION", "decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
+
+Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], Backbone, str], list[Member]]
+Writer = Callable[[Delta, Mapping[str, Site], Backbone], tuple[dict[str, Any], dict[str, Tensor]]]
+READERS: dict[str, Reader] = {
+    "LORA": read_lora, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix
+}  # fmt: skip
+WRITERS: dict[str, Writer] = {"lora": write_lora, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix}
+
+# Options that the readers act on, or that say nothing about what is computed; any other must be unset.
+KNOWN = set(
+    "peft_type task_type base_model_name_or_path revision inference_mode auto_mapping peft_version modules_to_save "
+    "target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out "
+    "r lora_alpha lora_dropout bias use_rslora rank_pattern alpha_pattern init_lora_weights "
+    "megatron_core qalora_group_size eva_config runtime_config ensure_weight_tying "
+    "feedforward_modules init_ia3_weights "
+    "num_virtual_tokens token_dim num_layers num_attention_heads num_transformer_submodules "
+    "prefix_projection encoder_hidden_size init_weights "
+    "prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()
+)
+WORDS = {
+    "use_dora": "DoRA: a trained magnitude beside the product",
+    "loftq_config": "LoftQ: it belongs to weights that it quantised itself",
+    "layer_replication": "blocks that the backbone has not",
+    "target_parameters": "a LoRA on parameters that are no linear, as experts are",
+    "trainable_token_indices": "trained rows of the table of embeddings",
+    "lora_bias": "biases of the LoRA itself",
+    "alora_invocation_tokens": "aLoRA: it acts from certain tokens on",
+}
+
+
+@dataclass(frozen=True)
+class PeftFolder:
+    """What such a folder holds."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read(folder: str | Path, backbone: Backbone) -> Delta:
+    """Read a PEFT folder as a delta on a backbone, with a warning that the backbone's weights cannot be verified.
+
+    DeltaFileError for a folder that is damaged or does not fit, and for an option or tensor without a counterpart.
+    """
+    place = Path(folder)
+    held = _held(place)
+    config, where = held.config, str(place)
+    kind = config.get("peft_type")
+    if kind not in READERS:
+        raise DeltaFileError(f"{where} holds {kind!r}, which is not read; expected {', '.join(READERS)}")
+    for name, value in config.items():
+        if value and name not in KNOWN:
+            said = f" ({WORDS[name]})" if name in WORDS else ""
+            raise DeltaFileError(f"{where} has {name}={value!r}{said}, which has no counterpart here")
+    tensors, heads = _without_heads(held, backbone, where)
+    try:
+        made = READERS[kind](config, tensors, backbone, where)
+    except DeltatuneError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
+        raise DeltaFileError(f"{place / CONFIG} is damaged: {type(error).__name__} {error}".splitlines()[0]) from error
+    delta = _made(made, backbone, place.name)
+    delta.record = {
+        "imported": {
+            "from": "peft",
+            "version": config.get("peft_version"),
+            "base": config.get("base_model_name_or_path"),
+        }
+    }
+    base = config.get("base_model_name_or_path")
+    left = f"; its head {', '.join(heads)} is not read: it has no equal here" if heads else ""
+    warnings.warn(
+        f"{where} was read; a PEFT folder does not say which weights it was trained on (it names {base!r}), so "
+        f"{backbone.name!r} cannot be verified{left}",
+        stacklevel=3,
+    )
+    return delta
+
+
+def _held(place: Path) -> PeftFolder:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (place / CONFIG).is_file():
+        raise DeltaFileError(f"{place} is no PEFT folder: it lacks {CONFIG}")
+    if not (place / TENSORS).is_file():
+        pickled = (place / "adapter_model.bin").is_file()
+        fix = (
+            "; adapter_model.bin is a pickle, which is never opened: save it from PEFT as safetensors"
+            if pickled
+            else ""
+        )
+        raise DeltaFileError(f"{place} lacks {TENSORS}{fix}")
+    try:
+        config = json.loads((place / CONFIG).read_text())
+    except (ValueError, RecursionError) as error:
+        raise DeltaFileError(f"{place / CONFIG} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise DeltaFileError(f"{place / CONFIG} holds a {type(config).__name__}, expected an object")
+    try:
+        return PeftFolder(config, load_file(place / TENSORS))
+    except SafetensorError as error:
+        raise DeltaFileError(f"{place / TENSORS} is not a safetensors file: {error}") from error
+
+
+def _without_heads(held: PeftFolder, backbone: Backbone, where: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors without those of heads, and the heads' names.
+
+    DeltaFileError if what was saved whole is a module of the backbone: without it the delta is another one.
+    """
+    saved = [str(name) for name in held.config.get("modules_to_save") or []]
+    tensors = dict(held.tensors)
+    modules = Naming(backbone, [])
+    heads: dict[str, None] = {}
+    for key in held.tensors:
+        words = key.removeprefix(PREFIX).split(".")
+        name = next((name for name in saved if name in words), None)
+        if name is None:
+            continue
+        path = ".".join(words[: words.index(name) + 1])
+        if any(option in modules.modules for option in (path, path.removeprefix(modules.base), modules.base + path)):
+            raise DeltaFileError(
+                f"{where} has modules_to_save={saved}: {path!r} is a module of the backbone, trained whole, which has "
+                f"no counterpart here"
+            )
+        heads[name] = None
+        del tensors[key]
+    return tensors, list(heads)
+
+
+def _made(made: list[Member], backbone: Backbone, name: str) -> Delta:
+    spec = made[0].method if len(made) == 1 else Composition([member.method for member in made])
+    placed = [(number, part) for number, member in enumerate(made) for part in member.parts]
+    delta = Delta(spec, [(number, part.site) for number, part in placed], name=name)
+    delta.backbone_name, delta.fingerprint = backbone.name, backbone.fingerprint()
+    for (_, part), layer in zip(placed, delta.layers.values(), strict=True):
+        for key, tensor in part.tensors.items():
+            layer.get_parameter(key).data = tensor  # not copied into: the file's dtype stays
+    return delta.to(backbone.device)
+
+
+def export(delta: Delta, backbone: Backbone) -> PeftFolder:
+    """Return a delta as PEFT would save it.
+
+    UserError for a method that PEFT lacks, for several methods in one delta, and where PEFT would compute something
+    else. A head is left out: none of its classes scores as ours do.
+    """
+    bound = check_fits(delta, backbone)
+    names = list(dict.fromkeys(method.name() for method in members(delta.spec)))
+    for name in names:
+        if name not in WRITERS:
+            raise UnknownName("method of PEFT", name, WRITERS, f"{delta.name!r} cannot be exported")
+    if len(names) > 1:
+        raise UserError(f"PEFT holds one method a folder; {delta.name!r} is a composition of {', '.join(names)}")
+    config, tensors = WRITERS[names[0]](delta, bound, backbone)
+    base = EMBEDDED[backbone.name].hub if backbone.name in EMBEDDED else backbone.name
+    common = {"base_model_name_or_path": base, "task_type": TASK[backbone.kind], "inference_mode": True}
+    return PeftFolder(
+        {**common, "modules_to_save": None, **config},
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+    )
+
+
+def write(made: PeftFolder, folder: str | Path) -> Path:
+    """Write an exported delta into a folder of its own. OutputError if it exists or cannot be written."""
+    from safetensors.torch import save_file
+
+    target = Path(folder)
+    if target.exists():
+        raise OutputError(f"{target} exists already; choose another place or remove it")
+    with whole_folder(target) as work:
+        save_file(made.tensors, work / TENSORS, metadata={"format": "pt"})
+        (work / CONFIG).write_text(json.dumps(made.config, indent=2, sort_keys=True))
+    return target

@@ -1,0 +1,179 @@
+"""PEFT's folders, both ways: what it wrote computes the same here, what we write computes the same there."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deltatune.backbone.load import Backbone
+from deltatune.compose.expression import parse
+from deltatune.delta.adapted import adapt
+from deltatune.delta.delta import Delta
+from deltatune.delta.exchange.peft import CONFIG, TENSORS, PeftFolder, export, read, write
+from deltatune.errors import BackboneMismatch, DeltaFileError, OutputError, UserError
+from deltatune.laws.families import inputs, tiny
+from deltatune.laws.subject import moved
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and ours that the backbone is not verified
+TASK = {"gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
+
+
+def computed(model: nn.Module, family: str) -> Tensor:
+    """The first output where the mask counts; what a prompt adds is cut off."""
+    batch = inputs(family)
+    with torch.no_grad():
+        out: Tensor = model(**batch)[0]
+    if family == "t5":
+        return out
+    return out[:, -batch["input_ids"].shape[1] :][batch["attention_mask"].bool()]
+
+
+def same(ours: Delta, theirs: nn.Module, family: str, backbone: Backbone) -> None:
+    """Demand equal outputs to 1e-6 of their norm, and that the delta does something."""
+    with adapt(backbone, ours) as adapted:
+        first = computed(adapted, family)
+    bare, second = computed(tiny(family), family), computed(theirs.eval(), family)
+    assert float((bare - second).abs().max()) > 1e-3
+    assert float((first - second).norm() / second.norm()) < 1e-6
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Move what PEFT trains away from where it starts."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or "ia3_l" in name or "prompt_encoder" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def theirs_in(folder: Path, family: str, config: Any, seed: int = 0) -> nn.Module:
+    """Save what PEFT makes of a config into a folder."""
+    model = stirred(peft.get_peft_model(tiny(family), config), seed)
+    model.save_pretrained(str(folder))
+    return model
+
+
+def lora(family: str, **options: Any) -> Any:
+    return peft.LoraConfig(**{"r": 3, "lora_alpha": 7, "task_type": TASK.get(family), **options})
+
+
+LORAS: list[tuple[str, dict[str, Any]]] = [
+    ("bert", dict(target_modules=["query", "value"])),
+    ("bert", dict(target_modules=r".*layer\.\d+\.(output|intermediate)\.dense")),
+    ("bert", dict(target_modules=["query", "value"], rank_pattern={"value": 5}, alpha_pattern={r"0\.attention\.self\.query": 3})),
+    ("bert", dict(target_modules=["query"], layers_to_transform=[1])),
+    ("bert", dict(target_modules=["query", "key"], exclude_modules=["0.attention.self.key"])),
+    ("roberta", dict(target_modules=["query", "key", "value"], use_rslora=True)),
+    ("roberta", dict(target_modules=["query", "key"], use_rslora=True, rank_pattern={"key": 2})),
+    ("distilbert", dict(target_modules=["q_lin", "ffn.lin1"])),
+    ("gpt2", dict(target_modules=["c_attn"], fan_in_fan_out=True)),
+    ("gpt2", dict(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, use_rslora=True)),
+    ("gpt2", dict(target_modules="all-linear")),
+    ("llama", dict(target_modules="all-linear", lora_dropout=0.1)),
+    ("llama", dict(target_modules=["q_proj", "lm_head"])),
+    ("llama", dict(target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")),
+    ("t5", dict(target_modules=["q", "v", "wo"])),
+    ("t5", dict(target_modules=r"decoder.*EncDecAttention\.(q|k)")),
+    ("t5", dict(target_modules="all-linear")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "options"), LORAS)
+def test_lora_of_peft_computes_the_same_here(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    theirs = theirs_in(tmp_path / "theirs", family, lora(family, **options))
+    backbone = Backbone(tiny(family))
+    delta = Delta.load(str(tmp_path / "theirs"), backbone)
+    same(delta, theirs, family, backbone)
+    back(delta, tmp_path, family, backbone)
+
+
+def back(delta: Delta, tmp_path: Path, family: str, backbone: Backbone) -> None:
+    """Export of an import: the same bits, and PEFT computes the same with it; our own folder between changes nothing."""
+    delta.save(str(tmp_path / "ours"))
+    write(export(Delta.load(str(tmp_path / "ours"), backbone), backbone), tmp_path / "again")
+    before, after = load_file(tmp_path / "theirs" / TENSORS), load_file(tmp_path / "again" / TENSORS)
+    copies = {key for key in before if key.endswith("base_layer.weight")}  # of the backbone's own weights
+    assert before.keys() - copies == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in after)
+    if not copies:
+        assert (tmp_path / "theirs" / TENSORS).read_bytes() == (tmp_path / "again" / TENSORS).read_bytes()
+    same(delta, peft.PeftModel.from_pretrained(tiny(family), str(tmp_path / "again")), family, backbone)
+
+
+IA3S: list[tuple[str, dict[str, Any]]] = [
+    ("bert", dict(target_modules=r".*(key|value|layer\.\d+\.output\.dense)", feedforward_modules=r".*layer\.\d+\.output\.dense")),
+    ("roberta", dict(target_modules=["key", "value"], feedforward_modules=[])),
+    ("gpt2", dict(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True)),
+    ("llama", {}),
+    ("t5", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "options"), IA3S)
+def test_ia3_of_peft_computes_the_same_here(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    theirs = theirs_in(tmp_path / "theirs", family, peft.IA3Config(task_type=TASK.get(family), **options))
+    backbone = Backbone(tiny(family))
+    delta = Delta.load(str(tmp_path / "theirs"), backbone)
+    same(delta, theirs, family, backbone)
+    back(delta, tmp_path, family, backbone)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_prompt_of_peft_computes_the_same_here(tmp_path: Path, family: str) -> None:
+    config = peft.PromptTuningConfig(task_type=TASK[family], num_virtual_tokens=3, num_transformer_submodules=1)
+    theirs = theirs_in(tmp_path / "theirs", family, config)
+    backbone = Backbone(tiny(family))
+    delta = Delta.load(str(tmp_path / "theirs"), backbone)
+    same(delta, theirs, family, backbone)
+    back(delta, tmp_path, family, backbone)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
+def test_prefix_of_peft_computes_the_same_here(tmp_path: Path, family: str, projected: bool) -> None:
+    task = TASK.get(family, "FEATURE_EXTRACTION")
+    config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3, prefix_projection=projected)
+    theirs = theirs_in(tmp_path / "theirs", family, config)
+    backbone = Backbone(tiny(family))
+    delta = Delta.load(str(tmp_path / "theirs"), backbone)
+    same(delta, theirs, family, backbone)
+    back(delta, tmp_path, family, backbone)
+
+
+OURS = [
+    *((family, "lora(r=4)") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
+    ("bert", "lora(r=4, alpha=7, at='attn.{q,k,v,o} ffn.{up,down}')"),
+    ("bert", "lora(r=2, at='ffn.down', blocks='-1:')"),
+    ("bert", "lora(r=2, at='attn.q') | lora(r=3, alpha=5, at='attn.q ffn.up')"),
+    ("bert", "lora(r=2, tie='A')"),
+    ("gpt2", "lora(r=2, at='attn.{q,k,v,o} ffn.{up,down}')"),
+    ("gpt2", "lora(r=2, alpha=8, at='attn.q') | lora(r=3, alpha=5, at='attn.v')"),
+    ("llama", "lora(r=4, at='attn.{q,k,v,o} ffn.{up,gate,down} lm_head')"),
+    ("t5", "lora(r=4, at='attn.q cross.{k,o} ffn.up')"),
+    *((family, "ia3") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
+    ("gpt2", "ia3(at='attn.k')"),
+    *((family, "prompt(n=3)") for family in ("gpt2", "llama", "t5")),
+    *((family, "prefix(n=3, shift=True)") for family in ("bert", "roberta", "gpt2", "llama")),
+]
+
+
+@pytest.mark.parametrize(("family", "text"), OURS)
+def test_ours_computes_the_same_in_peft(tmp_path: Path, family: str, text: str) -> None:
+    backbone = Backbone(tiny(family))
+    delta = moved(Delta.build(parse(text), backbone, seed=1))
+    write(export(delta, backbone), tmp_path / "out")
+    assert {file.name for file in tmp_path.rglob("*")} == {"out", CONFIG, TENSORS}
+    theirs = peft.PeftModel.from_pretrained(tiny(family), str(tmp_path / "out"))
+    same(delta, theirs, family, backbone)
+    same(Delta.load(str(tmp_path / "out"), backbone), theirs, family, backbone)
