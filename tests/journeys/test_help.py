@@ -16,7 +16,8 @@ from deltatune.cli.app import app
 from .conftest import Run
 
 VERBS = [
-    *("demo", "tune", "fit", "predict", "eval", "compare", "sites", "methods", "inspect", "doctor", "check", "report"),
+    *("demo", "tune", "fit", "predict", "eval", "compare", "sites", "methods", "inspect", "doctor", "merge", "export", "import", "check",
+      "report"),
     "reproduce",
 ]
 
@@ -35,7 +36,8 @@ def test_help_shows_an_example(run: Run, verb: str) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_parse(verb: str) -> None:
-    module = __import__(f"deltatune.cli.{verb}", fromlist=["EXAMPLE"])
+    name = f"{verb}_" if verb == "import" else verb
+    module = __import__(f"deltatune.cli.{name}", fromlist=["EXAMPLE"])
     command = get_command(app).commands[verb]
     for line in module.EXAMPLE.replace("\\\n", " ").splitlines():
         words = shlex.split(line)

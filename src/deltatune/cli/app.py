@@ -13,8 +13,11 @@ from deltatune.cli import (
     demo,
     doctor,
     eval,
+    export,
     fit,
+    import_,
     inspect,
+    merge,
     methods,
     predict,
     report,
@@ -44,11 +47,14 @@ for _module, _verb in (
     (methods, methods.methods),
     (inspect, inspect.inspect),
     (doctor, doctor.doctor),
+    (merge, merge.merge),
+    (export, export.export),
+    (import_, import_.import_),
     (check, check.check),
     (report, report.report),
     (reproduce, reproduce.reproduce),
 ):
-    add_verb(app, _module.__name__.rpartition(".")[2], _verb, _module.EXAMPLE)
+    add_verb(app, _module.__name__.rpartition(".")[2].rstrip("_"), _verb, _module.EXAMPLE)
 
 
 def _version(wanted: bool) -> None:

@@ -36,7 +36,7 @@ class Prefix(Method):
     def sites(self, backbone: Backbone) -> Selection:
         selected = backbone.anatomy.select(existing(self.at, backbone), self.blocks)
         lacking = [site.key for site in selected if site.heads is None]
-        if self.shift and len(backbone.anatomy.depth) == 2:
+        if self.shift and backbone.kind == "encoder-decoder":
             raise SiteError("shift=True needs positions that can be moved; an encoder-decoder has none to move")
         if lacking:
             raise SiteError(f"a prefix needs attention sites ('attn', 'cross'); it cannot stand at {lacking[0]}")
