@@ -88,6 +88,30 @@ class Delta(nn.Module):
 
         return load(folder, backbone, verify=verify)
 
+    def __mul__(self, weight: float) -> Delta:
+        """Return the delta with its effect times a number; see `deltatune.delta.algebra`."""
+        from deltatune.delta.algebra import total
+
+        return total([(float(weight), self)])
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Delta) -> Delta:
+        """Return the delta whose effect at each place is the sum of the two."""
+        from deltatune.delta.algebra import total
+
+        return total([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: Delta) -> Delta:
+        """Return the delta whose effect at each place is the difference of the two."""
+        from deltatune.delta.algebra import total
+
+        return total([(1.0, self), (-1.0, other)])
+
+    def __neg__(self) -> Delta:
+        """Return the delta with the opposite effect."""
+        return self * -1.0
+
     def __repr__(self) -> str:
         sites = sorted({site.name for site in self.sites.values()}, key=ORDER.__getitem__)
         head = f", head {type(self.head).__name__}" if self.head is not None else ""
