@@ -87,6 +87,16 @@ class Layer(nn.Module):
         raise NotImplementedError
 
 
+def own_params(layer: Layer, dtype: torch.dtype) -> Params:
+    """Return the parameters of a layer in the shape that its formula takes, as for one delta."""
+    return Params(
+        {
+            name: (p.detach()[None, None] if p.ndim == 1 else p.detach()[None]).to(dtype)
+            for name, p in layer.named_parameters(recurse=False)
+        }
+    )
+
+
 class SpanningLayer(Layer):
     """A layer that hands values from one site to another: a gate, a ladder, a shared pool.
 

@@ -15,7 +15,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site
 from deltatune.delta.attach import LEDGER, check_fits
 from deltatune.delta.delta import Delta
-from deltatune.delta.layer import Layer, Params, WeightLayer
+from deltatune.delta.layer import Layer, WeightLayer, own_params
 from deltatune.errors import RoutingError, SiteError
 
 Kept = tuple[nn.Module, str, nn.Parameter | None]
@@ -135,7 +135,7 @@ def _values(backbone: Backbone, found: Sequence[tuple[Site, Layer]]) -> list[tup
         bias = None if own is None else own.to(dtype, copy=True)
         for site, layer in layers:
             rows = torch.arange(len(weight)) if site.view is None else site.view.take(torch.arange(len(weight)))
-            part, part_bias = layer.merged(_params(layer, dtype), weight[rows], None if bias is None else bias[rows])
+            part, part_bias = layer.merged(own_params(layer, dtype), weight[rows], None if bias is None else bias[rows])
             weight[rows] = part
             if part_bias is not None:
                 if bias is None:
@@ -150,7 +150,7 @@ def _values(backbone: Backbone, found: Sequence[tuple[Site, Layer]]) -> list[tup
 
 def _whole(backbone: Backbone, layer: WeightLayer) -> list[tuple[nn.Module, str, Tensor, str]]:
     dtype = torch.promote_types(backbone.dtype, torch.float32)
-    params, keys = _params(layer, dtype), {path: key for key, path in backbone.anatomy.parameters.items()}
+    params, keys = own_params(layer, dtype), {path: key for key, path in backbone.anatomy.parameters.items()}
     made: dict[int, Tensor] = {}
     for path, key in keys.items():
         parameter = backbone.module.get_parameter(path)
@@ -161,15 +161,6 @@ def _whole(backbone: Backbone, layer: WeightLayer) -> list[tuple[nn.Module, str,
         for name, parameter in module._parameters.items()
         if id(parameter) in made
     ]
-
-
-def _params(layer: Layer, dtype: torch.dtype) -> Params:
-    return Params(
-        {
-            name: (p.detach()[None, None] if p.ndim == 1 else p.detach()[None]).to(dtype)
-            for name, p in layer.named_parameters(recurse=False)
-        }
-    )
 
 
 def _change(path: str, before: Tensor | None, value: Tensor, after: Tensor) -> Change:

@@ -22,6 +22,7 @@ LAWS: dict[str, Law] = {
         effect.count_is_real,
         effect.stands_or_refuses,
         effect.scales_as_declared,
+        effect.weighs_as_declared,
         effect.merges_as_declared,
         copies.saved_is_loaded,
         copies.copies_are_independent,

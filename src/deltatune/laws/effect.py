@@ -9,7 +9,7 @@ from deltatune.backbone.blocks import linear_shape
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import VOCABULARY, Site
 from deltatune.delta.adapted import Adapted
-from deltatune.delta.layer import Layer
+from deltatune.delta.layer import Layer, Params, SpanningLayer, own_params
 from deltatune.delta.merge import merge
 from deltatune.delta.method import Method
 from deltatune.errors import RoutingError, SiteError, UserError
@@ -136,6 +136,26 @@ def scales_as_declared(subject: Subject) -> None:
         x, h = (torch.randn(3, 4, width, dtype=backbone.dtype) for width in (site.d_in, _width(backbone, site, layer)))
         full, part = (adapted.bank.execute(call, site, layer.port, x, h) for call in (whole, half))
         agree(part, h + 0.5 * (full - h), f"weight 0.5 at {site.key}")
+
+
+def weighs_as_declared(subject: Subject) -> None:
+    """The effect is proportional to the parameters in `gain`, and `additive` says whether h has a part in it."""
+    backbone = subject.fresh()
+    draw = torch.Generator().manual_seed(0)
+    for site, layer in made(subject.spec, backbone).at_sites():
+        if layer.port not in ("output", "input") or isinstance(layer, SpanningLayer):
+            demand(not layer.gain and not layer.additive, f"{site.key}: nothing of it can be weighed")
+            continue
+        width = site.d_in if layer.port == "input" else site.d_out
+        x, h, other = (torch.randn(1, 4, w, generator=draw, dtype=torch.float64) for w in (site.d_in, width, width))
+        entry, params = x if layer.reads_input else None, own_params(layer, torch.float64)
+        whole = layer(params, entry, h) - h
+        if layer.gain:
+            moved = {name: layer.neutral + 0.25 * (getattr(params, name) - layer.neutral) for name in layer.gain}
+            part = layer(Params(vars(params) | moved), entry, h) - h
+            agree(part, 0.25 * whole, f"a quarter of {layer.gain} at {site.key}")
+        same = torch.allclose(layer(params, entry, other) - other, whole, rtol=1e-9, atol=1e-9)
+        demand(same == layer.additive, f"{site.key}: declared additive={layer.additive}, found {same}")
 
 
 def _width(backbone: Backbone, site: Site, layer: Layer) -> int:
