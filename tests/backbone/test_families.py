@@ -106,7 +106,8 @@ class Subject:
             key
             for key, calls in after.items()
             if any(
-                float((h - was).abs().max()) > self.least for (_, h), (_, was) in zip(calls, self.bare[key], strict=True)
+                float((h - was).abs().max()) > self.least
+                for (_, h), (_, was) in zip(calls, self.bare[key], strict=True)
             )
         }
 
@@ -139,7 +140,9 @@ def perturbed(subject: Subject, site: Site) -> Iterator[None]:
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=weight.dtype)
     turned = linear_shape(module) is not None and not isinstance(module, nn.Linear)
     if site.view is not None:
-        columns = site.view.take(torch.arange(max(weight.shape) if weight.ndim == 1 else weight.shape[int(turned)])[None])[0]
+        columns = site.view.take(
+            torch.arange(max(weight.shape) if weight.ndim == 1 else weight.shape[int(turned)])[None]
+        )[0]
         mask = torch.zeros_like(weight)
         (mask.T if turned else mask)[columns] = 1
         noise = noise * mask
@@ -274,7 +277,12 @@ def test_perturbed_weights_change_what_lies_behind_them_and_nothing_else(subject
     for at in subject.blocks():
         for site in at.values():
             module = subject.module.get_submodule(site.exit)
-            if site.entry == site.exit and site.calls == 1 and not tied(subject, site) and "weight" in module._parameters:
+            if (
+                site.entry == site.exit
+                and site.calls == 1
+                and not tied(subject, site)
+                and "weight" in module._parameters
+            ):
                 with perturbed(subject, site):
                     changed = subject.changed(subject.run())
             else:
@@ -329,7 +337,9 @@ def test_norms_stand_beside_their_sublayer(subject: Subject) -> None:
             if norm is None or part is None:
                 continue
             given, read = subject.bare[norm.key][0][1], subject.bare[part.key][0][0]
-            before = torch.equal(given.reshape(-1, norm.d_out).sort(dim=0)[0], read.reshape(-1, norm.d_out).sort(dim=0)[0])
+            before = torch.equal(
+                given.reshape(-1, norm.d_out).sort(dim=0)[0], read.reshape(-1, norm.d_out).sort(dim=0)[0]
+            )
             after = norm.key in subject.changed(subject.run(part.key))
             assert before != after, f"{norm.key}: before {before}, after {after}"
 
@@ -347,7 +357,7 @@ def test_queries_keys_and_values_are_what_they_are_called(subject: Subject) -> N
                 return after[at[f"{group}.o"].key][0][1] - bare  # noqa: B023
 
             def positions(part: str) -> int:
-                difference = moved(part, "noise", 1)  # noqa: B023
+                difference = moved(part, "noise", 1)
                 return int((difference.abs().amax(dim=-1) > subject.least).flatten(1).sum(dim=1).max())
 
             if subject.family not in OTHER_ATTENTION:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone
 from deltatune.compose.expression import parse
 from deltatune.delta.adapted import adapt
 from deltatune.delta.delta import Delta
-from deltatune.delta.exchange.peft import CONFIG, TENSORS, PeftFolder, export, read, write
-from deltatune.errors import BackboneMismatch, DeltaFileError, OutputError, UserError
+from deltatune.delta.exchange.peft import CONFIG, TENSORS, export, write
 from deltatune.laws.families import inputs, tiny
 from deltatune.laws.subject import moved
 

@@ -16,8 +16,23 @@ from deltatune.cli.app import app
 from .conftest import Run
 
 VERBS = [
-    *("demo", "tune", "fit", "predict", "eval", "compare", "sites", "methods", "inspect", "doctor", "merge", "export", "import", "check",
-      "report"),
+    *(
+        "demo",
+        "tune",
+        "fit",
+        "predict",
+        "eval",
+        "compare",
+        "sites",
+        "methods",
+        "inspect",
+        "doctor",
+        "merge",
+        "export",
+        "import",
+        "check",
+        "report",
+    ),
     "reproduce",
 ]
 

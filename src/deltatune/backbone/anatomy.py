@@ -14,7 +14,16 @@ from torch import nn
 from deltatune.backbone.blocks import Block, block_sites, embedding_like, find_stacks, is_norm, linear_shape, norm_width
 from deltatune.backbone.sites import ORDER, VOCABULARY, Selection, Site, block_numbers, expand_names
 from deltatune.backbone.synonyms import (
-    ABSENT_BYPASSED, ABSENT_REASON, ABSENT_WITH_EXPERTS, ABSENT_WITHOUT_NORM, BESIDE, EMBEDDING_NORM, FINAL_NORM, OUT_OF_REACH, PATCHES, PLAIN_NORM,
+    ABSENT_BYPASSED,
+    ABSENT_REASON,
+    ABSENT_WITH_EXPERTS,
+    ABSENT_WITHOUT_NORM,
+    BESIDE,
+    EMBEDDING_NORM,
+    FINAL_NORM,
+    OUT_OF_REACH,
+    PATCHES,
+    PLAIN_NORM,
     UNFOUND,
 )  # fmt: skip
 from deltatune.errors import BackboneError, SiteError

@@ -12,7 +12,19 @@ from torch import Tensor, nn
 
 from deltatune.backbone.sites import Heads, Rows, Site, View
 from deltatune.backbone.synonyms import (
-    ACTIVATION, ATTENTION, BYPASSED, CAUSAL, CHUNKED, CROSS, EXPERTS, FLATTENED, HEAD_NORM, INTERLEAVED, NORMS, PARTS, TOWERS,
+    ACTIVATION,
+    ATTENTION,
+    BYPASSED,
+    CAUSAL,
+    CHUNKED,
+    CROSS,
+    EXPERTS,
+    FLATTENED,
+    HEAD_NORM,
+    INTERLEAVED,
+    NORMS,
+    PARTS,
+    TOWERS,
 )  # fmt: skip
 
 
@@ -222,11 +234,12 @@ class _Finder:
                 (p for p, _ in self.block.named_modules() if ACTIVATION.search(p) and group_of(p) == "ffn"), None
             )
             if act is not None:
-                self.add("ffn.act", f"{self.path}.{act}", f"{self.path}.{act}", down.d_in, down.d_in, rows=self._rows("ffn"))
+                self.add(
+                    "ffn.act", f"{self.path}.{act}", f"{self.path}.{act}", down.d_in, down.d_in, rows=self._rows("ffn")
+                )
         else:
             self._mixture(width)
         self.add("block", self.path, self.path, width, width)
-
 
     def _mixture(self, width: int) -> None:
         experts = next((p for p, _ in self.block.named_modules() if EXPERTS.search(p)), "")

@@ -19,7 +19,9 @@ PARTS: dict[str, re.Pattern[str]] = {
     "v": re.compile(r"(^|\.)(value|value_proj|v_proj|v_lin|v)$"),
     "o": re.compile(r"(^|\.)(o_proj|out_proj|out_lin|o|dense|c_proj|Wo)$"),
     "qkv": re.compile(r"(^|\.)(c_attn|qkv_proj|query_key_value|in_proj|Wqkv)$"),
-    "up": re.compile(r"(^|\.)(intermediate\.dense|intermediate_dense|lin1|c_fc|fc_in|up_proj|wi|wi_1|fc1|dense_h_to_4h|ffn)$"),
+    "up": re.compile(
+        r"(^|\.)(intermediate\.dense|intermediate_dense|lin1|c_fc|fc_in|up_proj|wi|wi_1|fc1|dense_h_to_4h|ffn)$"
+    ),
     "gate": re.compile(r"(^|\.)(gate_proj|wi_0)$"),
     "gate_up": re.compile(r"(^|\.)(gate_up_proj|Wi)$"),
     "down": re.compile(
@@ -46,7 +48,10 @@ NORMS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 EMBEDDING_NORM = re.compile(r"embed|(^|\.)pre_layr?norm$")
-FINAL_NORM = re.compile(r"(^|\.)(ln_f|norm|norm_f|final_norm|final_layer_norm|final_layernorm|post_layernorm|emb_layer_norm_after)$")  # fmt: skip
+FINAL_NORM = re.compile(
+    r"(^|\.)(ln_f|norm|norm_f|final_norm|"
+    r"final_layer_norm|final_layernorm|post_layernorm|emb_layer_norm_after)$"
+)
 # Before the blocks or after them: the order in which the parent holds it and the blocks says which.
 PLAIN_NORM = re.compile(r"(^|\.)(layer_norm|layernorm|LayerNorm|ln)$")
 # What makes positions of something that is no token.
@@ -76,14 +81,14 @@ ABSENT_REASON = {
     "lm_head": "loaded without a language-model head",
     "ffn.act": "the activation is a plain function, not a module",
 }
-ABSENT_WITH_EXPERTS = {
-    part: "the experts are one parameter for all, not modules; `ffn` is the whole mixture"
-    for part in ("ffn.up", "ffn.gate", "ffn.act", "ffn.down")
-}
-ABSENT_BYPASSED = {
-    part: "the attention hands its weights to one function of torch; its projections never run as modules"
-    for part in ("attn", "attn.q", "attn.k", "attn.v", "attn.o")
-}
+ABSENT_WITH_EXPERTS = dict.fromkeys(
+    ("ffn.up", "ffn.gate", "ffn.act", "ffn.down"),
+    "the experts are one parameter for all, not modules; `ffn` is the whole mixture",
+)
+ABSENT_BYPASSED = dict.fromkeys(
+    ("attn", "attn.q", "attn.k", "attn.v", "attn.o"),
+    "the attention hands its weights to one function of torch; its projections never run as modules",
+)
 ABSENT_WITHOUT_NORM = {
     "norm.attn": "the block has no norm of its own for the attention",
     "norm.ffn": "one norm serves attention and feed-forward alike: it is norm.attn",

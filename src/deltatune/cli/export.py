@@ -22,7 +22,10 @@ def export(
     backbone: OtherBackbone = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a saved delta as a PEFT folder, or as one that vLLM serves; what they cannot hold is refused with the reason."""
+    """Write a saved delta as a PEFT folder, or as one that vLLM serves.
+
+    What they cannot hold is refused with the reason.
+    """
     from deltatune.backbone.load import load
     from deltatune.cli.saved import read
     from deltatune.delta.exchange import peft, vllm
@@ -36,6 +39,8 @@ def export(
         if to == "vllm"
         else f'peft.PeftModel.from_pretrained(model, "{out}")'
     )
-    left = f"its head, {type(delta.head).__name__}, has no equal there and stays behind" if delta.head is not None else ""
+    left = (
+        f"its head, {type(delta.head).__name__}, has no equal there and stays behind" if delta.head is not None else ""
+    )
     found = {"folder": str(out), "format": to, "use": use, "left_out": left or None}
     say(found, as_json, f"{out}: {made.config['peft_type']} for {to}" + (f"; {left}" if left else ""), use)

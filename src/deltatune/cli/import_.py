@@ -39,4 +39,8 @@ def import_(
         "trainable": delta.trainable(),
         "sites": len(delta.sites),
     }
-    say(found, as_json, f"{out}: {delta.spec}, {delta.trainable():,} parameters at {len(delta.sites)} sites of {network.name}")
+    say(
+        found,
+        as_json,
+        f"{out}: {delta.spec}, {delta.trainable():,} parameters at {len(delta.sites)} sites of {network.name}",
+    )

@@ -67,8 +67,8 @@ def merge(
         found,
         as_json,
         shown,
-        f"{out}: {found['model']}, for {found['use']}. Against the delta attached to {network.name} its hidden states are "
-        f"off by {apart:.1e} of what the delta changes.",
+        f"{out}: {found['model']}, for {found['use']}. Against the delta attached to {network.name} its hidden states "
+        f"are off by {apart:.1e} of what the delta changes.",
     )
 
 
@@ -110,7 +110,10 @@ def _hidden(module: Any, network: Backbone) -> Tensor:
 
 
 def _pipeline(model: str) -> str:
-    for ending, task in (("TokenClassification", "token-classification"), ("ConditionalGeneration", "text2text-generation")):
+    for ending, task in (
+        ("TokenClassification", "token-classification"),
+        ("ConditionalGeneration", "text2text-generation"),
+    ):
         if model.endswith(ending):
             return task
     return "text-generation" if model.endswith(("CausalLM", "LMHeadModel")) else "feature-extraction"

@@ -25,8 +25,8 @@ Terms = Sequence[tuple[float, Delta]]
 def total(terms: Terms) -> Delta:
     """Return the delta whose effect at each place is the weighted sum of the deltas' effects.
 
-    Heads of one kind are mixed by the same weights where these sum to one; otherwise the sum has no head. UserError if
-    the deltas are of different backbones, or an effect cannot be weighted or added.
+    Heads of one kind for the same labels are summed likewise (so scores are); otherwise the sum has no head. UserError
+    if the deltas are of different backbones, or an effect cannot be weighted or added.
     """
     _check(terms)
     weights = [weight for weight, _ in terms]
@@ -47,12 +47,12 @@ def total(terms: Terms) -> Delta:
             for site, layer in delta.at_sites():
                 if not layer.additive:
                     raise UserError(
-                        f"the effect of {delta.name!r} at {site.key} depends on what else acts there, so effects do not "
-                        f"add up; take the `lerp` of deltas of one spec, or merge them into the weights"
+                        f"the effect of {delta.name!r} at {site.key} depends on what else acts there, so effects do "
+                        f"not add up; take the `lerp` of deltas of one spec, or merge them into the weights"
                     )
         made = _side_by_side([_weighted(delta, weight) for weight, delta in terms])
     made.name = " + ".join(f"{weight:g} * {delta.name}" for weight, delta in terms)
-    made.head = _mixed_head(terms) if math.isclose(sum(weights), 1.0, abs_tol=1e-6) else None
+    made.head = _mixed_head(terms)
     made.record = {"made": {"sum": [[weight, delta.name] for weight, delta in terms]}, **_task_of(made, deltas)}
     return made
 
@@ -76,7 +76,7 @@ def soup(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Del
     with torch.no_grad():
         for address, layer in made.layers.items():
             for name, parameter in layer.named_parameters(recurse=False):
-                parameter.data = _mean([(w, d.layers[address].get_parameter(name)) for w, d in terms])
+                parameter.data = _sum([(w, d.layers[address].get_parameter(name)) for w, d in terms])
     made.name = "soup of " + ", ".join(delta.name for delta in deltas)
     made.head = _mixed_head(terms)
     made.record = {"made": {"soup": [[weight, delta.name] for weight, delta in terms]}, **_task_of(made, deltas)}
@@ -123,8 +123,8 @@ def _weighted(delta: Delta, weight: float) -> Delta:
     for site, layer in made.at_sites():
         if not layer.gain:
             raise UserError(
-                f"the effect of {delta.name!r} at {site.key} is not proportional to any of its parameters, so it cannot "
-                f"be multiplied by {weight:g}; route it with that weight instead"
+                f"the effect of {delta.name!r} at {site.key} is not proportional to any of its parameters, so it "
+                f"cannot be multiplied by {weight:g}; route it with that weight instead"
             )
         for name in layer.gain:
             parameter = layer.get_parameter(name)
@@ -151,14 +151,14 @@ def _side_by_side(deltas: Sequence[Delta]) -> Delta:
     return made
 
 
-def _mean(terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
+def _sum(terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
     value = sum(weight * tensor.detach() for weight, tensor in terms)
     assert isinstance(value, torch.Tensor)
     return value.clone()
 
 
 def _mixed_head(terms: Terms) -> nn.Module | None:
-    """The heads' weighted mean where they are of one kind for the same labels, or None."""
+    """The heads' weighted sum where they are of one kind for the same labels, or None."""
     from deltatune.delta.head import head_record
 
     heads = [delta.head for _, delta in terms]
@@ -167,7 +167,7 @@ def _mixed_head(terms: Terms) -> nn.Module | None:
         return None
     made = copy.deepcopy(first)
     for name, parameter in made.named_parameters():
-        parameter.data = _mean([(w, d.head.get_parameter(name)) for w, d in terms if d.head is not None])
+        parameter.data = _sum([(w, d.head.get_parameter(name)) for w, d in terms if d.head is not None])
     return made
 
 

@@ -100,8 +100,8 @@ def _check(backbone: Backbone, delta: Delta, found: Sequence[tuple[Site, Layer]]
         module = backbone.module.get_submodule(site.exit)
         if site.calls > 1:
             raise SiteError(
-                f"{delta.name!r} cannot be merged: the weights at {site.key} serve as {site.calls} blocks, and it acts in "
-                f"one of them; leave it attached"
+                f"{delta.name!r} cannot be merged: the weights at {site.key} serve as {site.calls} blocks, and it acts "
+                f"in one of them; leave it attached"
             )
         if site.entry != site.exit or not (linear_shape(module) or is_norm(module)):
             raise SiteError(f"{delta.name!r} cannot be merged: {site.key} is no linear and no norm; leave it attached")
@@ -115,36 +115,73 @@ def _check(backbone: Backbone, delta: Delta, found: Sequence[tuple[Site, Layer]]
             raise SiteError(f"the weight at {site.key} is quantised; merge into the backbone in a floating dtype")
 
 
-def _values(backbone: Backbone, found: Sequence[tuple[Site, Layer]]) -> list[tuple[nn.Module, str, Tensor, str]]:
-    """Return what is to be written: module, name of its parameter, value in the dtype of the computation, path."""
-    values: list[tuple[nn.Module, str, Tensor, str]] = []
+@dataclass(frozen=True)
+class Folded:
+    """One linear or norm with all that a delta does to it folded in, weights as [d_out, d_in] or [d_out]."""
+
+    path: str
+    module: Any
+    turned: bool  # the parameter itself is [d_in, d_out]
+    sites: tuple[Site, ...]
+    weight: Tensor
+    weight_after: Tensor
+    bias: Tensor | None
+    bias_after: Tensor | None
+
+
+def fold(backbone: Backbone, delta: Delta, *, verify: bool = True) -> list[Folded]:
+    """Return what a delta makes of each linear and norm at which it acts, and write nothing.
+
+    SiteError if a layer is no change of weights; BackboneMismatch if the delta is of another backbone.
+    """
+    sites = check_fits(delta, backbone, verify=verify)
+    found: list[tuple[Site, Layer]] = [(sites[a], layer) for a, layer in delta.layers.items()]  # type: ignore[misc]
+    _check(backbone, delta, found)
+    return _folded(backbone, found)
+
+
+def _folded(backbone: Backbone, found: Sequence[tuple[Site, Layer]]) -> list[Folded]:
     by_module: dict[str, list[tuple[Site, Layer]]] = defaultdict(list)
     for site, layer in found:
-        if isinstance(layer, WeightLayer):
-            values += _whole(backbone, layer)
-        else:
+        if not isinstance(layer, WeightLayer):
             by_module[site.exit].append((site, layer))
+    made: list[Folded] = []
     for path, layers in by_module.items():
         module: Any = backbone.module.get_submodule(path)
         # The input of all that stands here passes the input ports first, so they are the last to be folded in.
         layers.sort(key=lambda pair: pair[1].port == "input")
         turned = linear_shape(module) is not None and not isinstance(module, nn.Linear)  # GPT-2's Conv1D
         dtype = torch.promote_types(module.weight.dtype, torch.float32)
-        weight = (module.weight.T if turned else module.weight).to(dtype, copy=True)
+        before = (module.weight.detach().T if turned else module.weight.detach()).to(dtype)
         own = getattr(module, "bias", None)
-        bias = None if own is None else own.to(dtype, copy=True)
+        bias_before = None if own is None else own.detach().to(dtype)
+        weight, bias = before.clone(), None if bias_before is None else bias_before.clone()
         for site, layer in layers:
-            rows = torch.arange(len(weight)) if site.view is None else site.view.take(torch.arange(len(weight)))
+            rows = torch.arange(len(weight), device=weight.device)
+            rows = rows if site.view is None else site.view.take(rows)
             part, part_bias = layer.merged(own_params(layer, dtype), weight[rows], None if bias is None else bias[rows])
             weight[rows] = part
             if part_bias is not None:
                 if bias is None:
                     bias = torch.zeros(len(weight), dtype=dtype, device=weight.device)
                 bias[rows] = part_bias
-        if not torch.equal(weight.T if turned else weight, module.weight.to(dtype)):
-            values.append((module, "weight", weight.T.contiguous() if turned else weight, path))
-        if bias is not None and (own is None or not torch.equal(bias, own.to(dtype))):
-            values.append((module, "bias", bias, path))
+        here = tuple(dict.fromkeys(site for site, _ in layers))
+        made.append(Folded(path, module, turned, here, before, weight, bias_before, bias))
+    return made
+
+
+def _values(backbone: Backbone, found: Sequence[tuple[Site, Layer]]) -> list[tuple[nn.Module, str, Tensor, str]]:
+    """Return what is to be written: module, name of its parameter, value in the dtype of the computation, path."""
+    values: list[tuple[nn.Module, str, Tensor, str]] = []
+    for _, layer in found:
+        if isinstance(layer, WeightLayer):
+            values += _whole(backbone, layer)
+    for one in _folded(backbone, found):
+        if not torch.equal(one.weight_after, one.weight):
+            after = one.weight_after.T.contiguous() if one.turned else one.weight_after
+            values.append((one.module, "weight", after, one.path))
+        if one.bias_after is not None and (one.bias is None or not torch.equal(one.bias_after, one.bias)):
+            values.append((one.module, "bias", one.bias_after, one.path))
     return values
 
 

@@ -23,8 +23,8 @@ def whole(backbone: Backbone, head: nn.Module | None) -> nn.Module:
     if isinstance(head, TokenClassification):
         return _token_classifier(backbone, head)
     raise UserError(
-        f"no class of transformers scores as {type(head).__name__} does (its classifiers pool otherwise, or have layers "
-        f"of their own between); {WITHOUT}"
+        f"no class of transformers scores as {type(head).__name__} does (its classifiers pool otherwise, or have "
+        f"layers of their own between); {WITHOUT}"
     )
 
 

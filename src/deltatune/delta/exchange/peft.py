@@ -19,14 +19,15 @@ from torch import Tensor
 from deltatune.backbone.embedded import EMBEDDED
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site
+from deltatune.delta.assemble import Member, assembled
 from deltatune.delta.attach import check_fits
 from deltatune.delta.delta import Delta
-from deltatune.delta.exchange.places import Member, Naming
+from deltatune.delta.exchange.places import Naming
 from deltatune.delta.exchange.sequences import read_prefix, read_prompt, write_prefix, write_prompt
 from deltatune.delta.exchange.thin import PREFIX, read_ia3, read_lora, write_ia3, write_lora
 from deltatune.delta.files import PEFT_CONFIG as CONFIG
 from deltatune.delta.files import whole_folder
-from deltatune.delta.method import Composition, members
+from deltatune.delta.method import members
 from deltatune.errors import DeltaFileError, DeltatuneError, OutputError, UnknownName, UserError
 
 TENSORS = "adapter_model.safetensors"
@@ -40,16 +41,15 @@ READERS: dict[str, Reader] = {
 WRITERS: dict[str, Writer] = {"lora": write_lora, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix}
 
 # Options that the readers act on, or that say nothing about what is computed; any other must be unset.
-KNOWN = set(
-    "peft_type task_type base_model_name_or_path revision inference_mode auto_mapping peft_version modules_to_save "
-    "target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out "
-    "r lora_alpha lora_dropout bias use_rslora rank_pattern alpha_pattern init_lora_weights "
-    "megatron_core qalora_group_size eva_config runtime_config ensure_weight_tying "
-    "feedforward_modules init_ia3_weights "
-    "num_virtual_tokens token_dim num_layers num_attention_heads num_transformer_submodules "
-    "prefix_projection encoder_hidden_size init_weights "
-    "prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()
-)
+KNOWN = {
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
+    "peft_version", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "fan_in_fan_out", "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern",
+    "init_lora_weights", "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
+    "ensure_weight_tying", "feedforward_modules", "init_ia3_weights", "num_virtual_tokens", "token_dim",
+    "num_layers", "num_attention_heads", "num_transformer_submodules", "prefix_projection", "encoder_hidden_size",
+    "init_weights", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+}  # fmt: skip
 WORDS = {
     "use_dora": "DoRA: a trained magnitude beside the product",
     "loftq_config": "LoftQ: it belongs to weights that it quantised itself",
@@ -91,7 +91,7 @@ def read(folder: str | Path, backbone: Backbone) -> Delta:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
         raise DeltaFileError(f"{place / CONFIG} is damaged: {type(error).__name__} {error}".splitlines()[0]) from error
-    delta = _made(made, backbone, place.name)
+    delta = assembled(made, backbone, place.name)
     delta.record = {
         "imported": {
             "from": "peft",
@@ -158,17 +158,6 @@ def _without_heads(held: PeftFolder, backbone: Backbone, where: str) -> tuple[di
         heads[name] = None
         del tensors[key]
     return tensors, list(heads)
-
-
-def _made(made: list[Member], backbone: Backbone, name: str) -> Delta:
-    spec = made[0].method if len(made) == 1 else Composition([member.method for member in made])
-    placed = [(number, part) for number, member in enumerate(made) for part in member.parts]
-    delta = Delta(spec, [(number, part.site) for number, part in placed], name=name)
-    delta.backbone_name, delta.fingerprint = backbone.name, backbone.fingerprint()
-    for (_, part), layer in zip(placed, delta.layers.values(), strict=True):
-        for key, tensor in part.tensors.items():
-            layer.get_parameter(key).data = tensor  # not copied into: the file's dtype stays
-    return delta.to(backbone.device)
 
 
 def export(delta: Delta, backbone: Backbone) -> PeftFolder:

@@ -4,33 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from deltatune.backbone.blocks import linear_shape
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site
-from deltatune.delta.catalogue import find
-from deltatune.delta.method import Method
 from deltatune.errors import DeltaFileError, nearest
-
-
-@dataclass(frozen=True)
-class Part:
-    """One site of a delta to be made, with the tensors of its layer by name."""
-
-    site: Site
-    tensors: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Member:
-    """One method of a delta to be made, and what it holds at each site."""
-
-    method: Method
-    parts: list[Part]
 
 
 def linears(backbone: Backbone) -> dict[str, list[Site]]:
@@ -118,8 +97,8 @@ def shortest(wanted: Iterable[str], backbone: Backbone) -> list[str]:
 def site_less(path: str, backbone: Backbone, where: str) -> DeltaFileError:
     """The refusal of a module that is at no site of the backbone."""
     return DeltaFileError(
-        f"{where} has tensors for {path!r}, which is at no site of {backbone.name!r}{nearest(path, linears(backbone))}; "
-        f"`deltatune sites` lists them"
+        f"{where} has tensors for {path!r}, which is at no site of {backbone.name!r}"
+        f"{nearest(path, linears(backbone))}; `deltatune sites` lists them"
     )
 
 
@@ -142,20 +121,3 @@ def same_modules(have: set[str], config: Mapping[str, Any], naming: Naming, back
         if paths:
             more = f" ({len(paths) - 1} more)" if len(paths) > 1 else ""
             raise DeltaFileError(f"{where} {said.format(naming.theirs(min(paths)))}{more}")
-
-
-def members_of(method: str, fields: Mapping[str, Any], parts: list[Part], backbone: Backbone) -> list[Member]:
-    """Return one member for each set of blocks in which a site name occurs, so that `at` and `blocks` say where."""
-    blocks: dict[str, set[tuple[str, int | None]]] = {}
-    for part in parts:
-        blocks.setdefault(part.site.name, set()).add((part.site.stack, part.site.block))
-    groups: dict[frozenset[tuple[str, int | None]], list[str]] = {}
-    for name, where in blocks.items():
-        groups.setdefault(frozenset(where), []).append(name)
-    made: list[Member] = []
-    for where, names in groups.items():
-        every = {(s.stack, s.block) for s in backbone.anatomy.sites if s.name in names}
-        numbers = ",".join(map(str, sorted({block for _, block in where if block is not None})))
-        own = {**fields, "at": " ".join(names), "blocks": None if where == every or not numbers else numbers}
-        made.append(Member(find(method)(**own), [part for part in parts if part.site.name in names]))
-    return made

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site
+from deltatune.delta.assemble import Member, Part
 from deltatune.delta.catalogue import find
 from deltatune.delta.delta import Delta
-from deltatune.delta.exchange.places import Member, Part
 from deltatune.delta.layer import Layer
 from deltatune.delta.method import members
 from deltatune.errors import DeltaFileError, UserError

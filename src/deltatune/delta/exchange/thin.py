@@ -19,14 +19,12 @@ from torch import Tensor
 from deltatune.backbone.blocks import linear_shape
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site
+from deltatune.delta.assemble import Member, Part, members_of
 from deltatune.delta.catalogue import find
 from deltatune.delta.delta import Delta, generator
 from deltatune.delta.exchange.places import (
-    Member,
     Naming,
-    Part,
     linears,
-    members_of,
     named,
     same_modules,
     shortest,
@@ -48,7 +46,7 @@ STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # those that leav
 
 
 def modules_of(tensors: Mapping[str, Tensor], ends: Mapping[str, str], where: str) -> dict[str, dict[str, Tensor]]:
-    """Return module path -> {name: tensor} from keys with these ends. DeltaFileError for another key or a missing one."""
+    """Return module path -> {name: tensor} from keys with these ends. DeltaFileError for another key or a lack."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         end = next((end for end in ends if key.startswith(PREFIX) and key.endswith(end)), None)
@@ -235,8 +233,8 @@ def read_ia3(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone:
             # The layer is asked for its port alone.
             if (method(at=site.name).layer(site, generator(0)).port == "input") != inner:
                 raise DeltaFileError(
-                    f"{where} scales the {'input' if inner else 'output'} of {path!r}; (IA)³ at site {site.name!r} scales "
-                    f"its {'output' if inner else 'input'}"
+                    f"{where} scales the {'input' if inner else 'output'} of {path!r}; (IA)³ at site {site.name!r} "
+                    f"scales its {'output' if inner else 'input'}"
                 )
             parts.append(Part(site, {"scale": scale.flatten() if inner else _rows(site, scale).flatten()}))
     return members_of("ia3", {}, parts, backbone)

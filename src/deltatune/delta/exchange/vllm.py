@@ -50,7 +50,9 @@ def _uniform(made: PeftFolder, rank: int) -> PeftFolder:
         factor = _of(config["alpha_pattern"], module, config["lora_alpha"]) / own * rank / alpha
         tensors[key] = pad(tensors[key], (0, 0, 0, rank - own))
         tensors[path + B] = pad(tensors[path + B] * factor, (0, rank - own))
-    return PeftFolder({**config, "r": rank, "lora_alpha": whole(alpha), "rank_pattern": {}, "alpha_pattern": {}}, tensors)
+    return PeftFolder(
+        {**config, "r": rank, "lora_alpha": whole(alpha), "rank_pattern": {}, "alpha_pattern": {}}, tensors
+    )
 
 
 def _of(patterns: dict[str, float], module: str, default: float) -> float:
