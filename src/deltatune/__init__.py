@@ -25,11 +25,16 @@ _LAZY: dict[str, str] = {
     "Task": "deltatune.data.task",
     "UserError": "deltatune.errors",
     "adapt": "deltatune.delta.adapted",
+    "blend": "deltatune.delta.blend",
     "fit": "deltatune.studies.verbs",
     "fit_many": "deltatune.studies.verbs",
+    "lerp": "deltatune.delta.algebra",
     "load": "deltatune.backbone.load",
+    "merge": "deltatune.delta.merge",
     "parse": "deltatune.compose.expression",
+    "soup": "deltatune.delta.algebra",
     "task": "deltatune.data.load",
+    "to_lora": "deltatune.delta.blend",
     "tune": "deltatune.studies.verbs",
 }
 
@@ -41,7 +46,12 @@ if TYPE_CHECKING:
     from deltatune.data.task import Task as Task
     from deltatune.delta.adapted import Adapted as Adapted
     from deltatune.delta.adapted import adapt as adapt
+    from deltatune.delta.algebra import lerp as lerp
+    from deltatune.delta.algebra import soup as soup
+    from deltatune.delta.blend import blend as blend
+    from deltatune.delta.blend import to_lora as to_lora
     from deltatune.delta.delta import Delta as Delta
+    from deltatune.delta.merge import merge as merge
     from deltatune.errors import DeltatuneError as DeltatuneError
     from deltatune.errors import UserError as UserError
     from deltatune.methods.addition.adapter import Adapter as Adapter

@@ -22,11 +22,16 @@ SURFACE = [
     "UserError",
     "__version__",
     "adapt",
+    "blend",
     "fit",
     "fit_many",
+    "lerp",
     "load",
+    "merge",
     "parse",
+    "soup",
     "task",
+    "to_lora",
     "tune",
 ]
 
