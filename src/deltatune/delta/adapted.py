@@ -53,6 +53,35 @@ class Adapted(nn.Module):
         self.training = source.module.training
         self.bank.train(self.training)
 
+    # Joining and leaving
+
+    def join(self, delta: Delta, *, verify: bool = True) -> None:
+        """Attach one more delta, also in the middle of a training.
+
+        The others keep their parameters, so optimisers, routes and results stay as they are. RoutingError if the name
+        is taken or the deltas were removed, BackboneMismatch or SiteError if it does not fit; then nothing has changed.
+        """
+        self._hold([*self._held(), delta], verify)
+
+    def leave(self, name: str) -> Delta:
+        """Take one delta off, also in the middle of a training, and return it. UnknownName if it is not there."""
+        found = self.bank[name]
+        self._hold([delta for delta in self._held() if delta is not found], False)
+        return found
+
+    def _held(self) -> list[Delta]:
+        return [self.bank[name] for name in self.bank.names]
+
+    def _hold(self, deltas: Sequence[Delta], verify: bool) -> None:
+        if not self.attachment.live:
+            raise RoutingError("the deltas were removed from this backbone; adapt it again")
+        bank = Bank(deltas, [check_fits(delta, self.source, verify=verify) for delta in deltas])
+        bank.train(self.bank.training)
+        attachment = Attachment(bank, self.source)
+        self.bank.release()
+        self.attachment.remove()
+        self.bank, self.attachment = bank, attachment
+
     # Routing
 
     def call(

@@ -123,15 +123,16 @@ class Bank(nn.Module):
     # another bank that holds the same delta, `load_state_dict(assign=True)`.
 
     def _apply(self, fn: Any, recurse: bool = True) -> Bank:
-        self._unstack()
+        self.release()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        self._unstack()
+        self.release()
         return {**self.__dict__, "plans": {}, "stacks": {}, "watched": {}}
 
-    def _unstack(self) -> None:
+    def release(self) -> None:
+        """Give every leaf a storage of its own again."""
         if self.stacks:
             for parameter in self.parameters():
                 parameter.data = parameter.data.clone()
