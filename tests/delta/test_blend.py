@@ -46,7 +46,8 @@ def test_at_a_rank_it_is_the_best_approximation(rank: int) -> None:
     on = backbone("bert", torch.float64)
     one = delta(on, "ia3", 0)
     made = to_lora(one, on, rank=rank)
-    assert all(layer.get_parameter("A").shape[0] == rank for layer in made.layers.values())
+    ranks = {layer.get_parameter("A").shape[0] for layer in made.layers.values() if hasattr(layer, "A")}
+    assert ranks == {rank}
     for key, (_, change, _) in effect(one, on).items():
         assert change is not None
         found = effect(made, on)[key][1]

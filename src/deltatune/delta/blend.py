@@ -49,7 +49,7 @@ def breadcrumbs(change: Tensor, density: float, draw: torch.Generator) -> Tensor
 
 def ranked(change: Tensor, density: float, draw: torch.Generator) -> Tensor:
     """Keep entries with a probability that rises with their rank in their row, and divide by it (DELLA's MagPrune)."""
-    rows = change.reshape(len(change), -1)
+    rows = change if change.ndim == 2 else change[None]
     rank = rows.abs().argsort(dim=1).argsort(dim=1).to(torch.float64)  # 0: the smallest
     width = max(1, rows.shape[1] - 1)
     spread = min(0.1, density / 2, (1 - density) / 2)
@@ -232,8 +232,8 @@ def _thin(change: Tensor, rank: int | None, energy: float | None) -> tuple[Tenso
         r = min(rank, len(S))
     else:
         share = S.square().cumsum(0) / S.square().sum()
-        tolerance = 1 - 1e-12 if energy is None else energy
-        r = min(len(S), int((share < tolerance).sum()) + 1)
+        # Without either: the rank that it has, up to what rounding of the weights adds.
+        r = int((S > 1e-10 * S[0]).sum()) if energy is None else min(len(S), int((share < energy).sum()) + 1)
     root = S[:r].sqrt()
     return (root[:, None] * V[:r]).contiguous(), (U[:, :r] * root).contiguous()
 

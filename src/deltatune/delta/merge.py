@@ -130,17 +130,17 @@ class Folded:
 
 
 def fold(backbone: Backbone, delta: Delta, *, verify: bool = True) -> list[Folded]:
-    """Return what a delta makes of each linear and norm at which it acts, and write nothing.
+    """Return what a delta makes of each linear and norm at which it acts, in float64, and write nothing.
 
     SiteError if a layer is no change of weights; BackboneMismatch if the delta is of another backbone.
     """
     sites = check_fits(delta, backbone, verify=verify)
     found: list[tuple[Site, Layer]] = [(sites[a], layer) for a, layer in delta.layers.items()]  # type: ignore[misc]
     _check(backbone, delta, found)
-    return _folded(backbone, found)
+    return _folded(backbone, found, torch.float64)
 
 
-def _folded(backbone: Backbone, found: Sequence[tuple[Site, Layer]]) -> list[Folded]:
+def _folded(backbone: Backbone, found: Sequence[tuple[Site, Layer]], least: torch.dtype) -> list[Folded]:
     by_module: dict[str, list[tuple[Site, Layer]]] = defaultdict(list)
     for site, layer in found:
         if not isinstance(layer, WeightLayer):
@@ -151,7 +151,7 @@ def _folded(backbone: Backbone, found: Sequence[tuple[Site, Layer]]) -> list[Fol
         # The input of all that stands here passes the input ports first, so they are the last to be folded in.
         layers.sort(key=lambda pair: pair[1].port == "input")
         turned = linear_shape(module) is not None and not isinstance(module, nn.Linear)  # GPT-2's Conv1D
-        dtype = torch.promote_types(module.weight.dtype, torch.float32)
+        dtype = torch.promote_types(module.weight.dtype, least)
         before = (module.weight.detach().T if turned else module.weight.detach()).to(dtype)
         own = getattr(module, "bias", None)
         bias_before = None if own is None else own.detach().to(dtype)
@@ -176,7 +176,7 @@ def _values(backbone: Backbone, found: Sequence[tuple[Site, Layer]]) -> list[tup
     for _, layer in found:
         if isinstance(layer, WeightLayer):
             values += _whole(backbone, layer)
-    for one in _folded(backbone, found):
+    for one in _folded(backbone, found, torch.float32):
         if not torch.equal(one.weight_after, one.weight):
             after = one.weight_after.T.contiguous() if one.turned else one.weight_after
             values.append((one.module, "weight", after, one.path))
