@@ -358,7 +358,8 @@ def test_queries_keys_and_values_are_what_they_are_called(subject: Subject) -> N
 
             def positions(part: str) -> int:
                 difference = moved(part, "noise", 1)
-                return int((difference.abs().amax(dim=-1) > subject.least).flatten(1).sum(dim=1).max())
+                changed = difference.abs().amax(dim=-1) > subject.least
+                return int(changed.reshape(-1, changed.shape[-1]).sum(dim=1).max())
 
             if subject.family not in OTHER_ATTENTION:
                 assert positions("q") == 1, f"{group}.q"

@@ -200,13 +200,14 @@ def enter_ledger(module: nn.Module) -> None:
             "requires_grad": {name: p.requires_grad for name, p in module.named_parameters()},
             "switches": {part: _switches(part) for part in module.modules()},
             "attention": {path: config._attn_implementation for path, config in configs.items()},
-            "experts": {path: config._experts_implementation for path, config in configs.items()},
+            "experts": {path: getattr(config, "_experts_implementation", None) for path, config in configs.items()},
         }
         for config in configs.values():
             if config._attn_implementation in ("sdpa", "eager"):
                 config._attn_implementation_internal = attention.registered(config._attn_implementation)
-            if config._experts_implementation in experts.KNOWN:
-                config._experts_implementation_internal = experts.registered(config._experts_implementation)
+            own = getattr(config, "_experts_implementation", None)
+            if own in experts.KNOWN:
+                config._experts_implementation_internal = experts.registered(own)
         module.__dict__[LEDGER] = ledger
         module.requires_grad_(False)
     ledger["banks"] += 1
