@@ -60,7 +60,9 @@ def test_a_multiple_acts_as_the_delta_routed_with_that_weight(text: str) -> None
     one = delta(on, text, 0)
     third = one * (1 / 3)
     with torch.no_grad(), Adapted(on, [one]) as adapted:
-        wanted = adapted.run(adapted.call(len(given(on)["input_ids"]), one.name, scale=1 / 3), **given(on)).last_hidden_state
+        wanted = adapted.run(
+            adapted.call(len(given(on)["input_ids"]), one.name, scale=1 / 3), **given(on)
+        ).last_hidden_state
         whole = adapted(**given(on)).last_hidden_state
     with torch.no_grad(), Adapted(on, [third]) as adapted:
         found = adapted(**given(on)).last_hidden_state

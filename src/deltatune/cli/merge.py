@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,7 +63,9 @@ def merge(
     }
     shown = table("parameter", "changed by", "lost in rounding", right=("changed by", "lost in rounding"))
     for change in merged.changes:
-        shown.add_row(change.parameter, f"{change.size:.1%}", f"{change.lost:.1e}")
+        shown.add_row(
+            change.parameter, f"{change.size:.1%}" if isfinite(change.size) else "from zero", f"{change.lost:.1e}"
+        )
     say(
         found,
         as_json,

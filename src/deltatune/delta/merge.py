@@ -25,7 +25,7 @@ Kept = tuple[nn.Module, str, nn.Parameter | None]
 class Change:
     """What merging did to one parameter.
 
-    `size`: norm of the change over the norm of the parameter before; `lost`: norm of what rounding to the parameter's
+    `size`: norm of the change over the norm of the parameter before (infinite where that was zero or not there); `lost`: norm of what rounding to the parameter's
     dtype took away, over the norm of the change (0: nothing, 1: all of it).
     """
 
@@ -203,5 +203,9 @@ def _whole(backbone: Backbone, layer: WeightLayer) -> list[tuple[nn.Module, str,
 def _change(path: str, before: Tensor | None, value: Tensor, after: Tensor) -> Change:
     start = torch.zeros_like(value) if before is None else before.to(value.dtype)
     change = float((value - start).norm())
-    size = change / max(float(start.norm()), torch.finfo(value.dtype).tiny) if before is not None else float("inf")
-    return Change(path, size, float((after.to(value.dtype) - value).norm()) / change if change else 0.0)
+    size = float(start.norm())
+    return Change(
+        path,
+        change / size if size else float("inf"),
+        float((after.to(value.dtype) - value).norm()) / change if change else 0.0,
+    )
