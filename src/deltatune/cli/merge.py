@@ -52,11 +52,10 @@ def merge(
         network.processor.save_pretrained(work)
         saved = _saved(work, type(model), network)
     apart = float((saved - attached).norm() / (attached - bare).norm().clamp(min=1e-30))
-    task = _pipeline(type(model).__name__)
     found = {
         "folder": str(out),
         "model": type(model).__name__,
-        "use": f'transformers.pipeline("{task}", model="{out}")',
+        "use": _use(type(model).__name__, out),
         "apart": apart,
         "lost": merged.lost,
         "changes": [{"parameter": c.parameter, "size": c.size, "lost": c.lost} for c in merged.changes],
@@ -112,11 +111,14 @@ def _hidden(module: Any, network: Backbone) -> Tensor:
     return found
 
 
-def _pipeline(model: str) -> str:
-    for ending, task in (
-        ("TokenClassification", "token-classification"),
-        ("ConditionalGeneration", "text2text-generation"),
-    ):
-        if model.endswith(ending):
-            return task
-    return "text-generation" if model.endswith(("CausalLM", "LMHeadModel")) else "feature-extraction"
+def _use(model: str, folder: Path) -> str:
+    """How transformers loads the folder; it has no pipeline for encoder-decoders."""
+    if model.endswith("ConditionalGeneration"):
+        return f'transformers.AutoModelForSeq2SeqLM.from_pretrained("{folder}")'
+    tasks = {
+        "TokenClassification": "token-classification",
+        "CausalLM": "text-generation",
+        "LMHeadModel": "text-generation",
+    }
+    task = next((task for ending, task in tasks.items() if model.endswith(ending)), "feature-extraction")
+    return f'transformers.pipeline("{task}", model="{folder}")'

@@ -233,7 +233,7 @@ def _thin(change: Tensor, rank: int | None, energy: float | None) -> tuple[Tenso
     else:
         share = S.square().cumsum(0) / S.square().sum()
         # Without either: the rank that it has, up to what rounding of the weights adds.
-        r = int((S > 1e-10 * S[0]).sum()) if energy is None else min(len(S), int((share < energy).sum()) + 1)
+        r = int((1e-10 * S[0] < S).sum()) if energy is None else min(len(S), int((share < energy).sum()) + 1)
     root = S[:r].sqrt()
     return (root[:, None] * V[:r]).contiguous(), (U[:, :r] * root).contiguous()
 

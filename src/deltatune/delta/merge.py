@@ -25,8 +25,8 @@ Kept = tuple[nn.Module, str, nn.Parameter | None]
 class Change:
     """What merging did to one parameter.
 
-    `size`: norm of the change over the norm of the parameter before (infinite where that was zero or not there); `lost`: norm of what rounding to the parameter's
-    dtype took away, over the norm of the change (0: nothing, 1: all of it).
+    `size`: norm of the change over the norm of the parameter before (infinite where that was zero or not there);
+    `lost`: norm of what rounding to the parameter's dtype took away, over the norm of the change (0: nothing, 1: all).
     """
 
     parameter: str
