@@ -1,0 +1,113 @@
+"""Two processes on the CPU: data parallel, and a backbone whose weights are sharded, beside one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tests.delta.test_merge import given
+from tests.fit.tiny import backbone
+from torch import Tensor, nn
+
+from deltatune.compose.expression import parse
+from deltatune.delta.adapted import Adapted
+from deltatune.delta.delta import Delta
+from deltatune.laws.subject import moved
+
+WORLD = 2
+SPECS = ("lora(r=2) | bitfit", "adapter(m=3)", "prefix(n=2)")
+pytestmark = pytest.mark.skipif(not dist.is_available() or os.name == "nt", reason="needs gloo and processes")
+
+
+def adapted(text: str) -> Adapted:
+    on = backbone("bert", torch.float64)
+    return Adapted(on, [moved(Delta.build(parse(text), on, name="a").to(torch.float64))])
+
+
+def loss(model: nn.Module, rows: slice) -> Tensor:
+    batch = {name: value[rows] for name, value in given(backbone()).items()}
+    out = model(**batch).last_hidden_state
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn((64, *out.shape[1:]), generator=draw, dtype=out.dtype)[rows]
+    total: Tensor = (out * weight).sum()
+    return total
+
+
+def gradients(model: Adapted) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.bank.named_parameters() if p.grad is not None}
+
+
+def together(work: Callable[[str], object], rank: int, port: int, folder: str, text: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        torch.save(work(text), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def two(work: Callable[[str], object], folder: Path, text: str) -> list[dict[str, Tensor]]:
+    """What two processes found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_start, args=(work, port, str(folder), text), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def _start(rank: int, work: Callable[[str], object], port: int, folder: str, text: str) -> None:
+    together(work, rank, port, folder, text)
+
+
+def data_parallel(text: str) -> dict[str, Tensor]:
+    model = adapted(text)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    loss(parallel, slice(dist.get_rank(), None, WORLD)).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_data_parallel_gives_the_gradients_of_the_whole_batch(text: str, tmp_path: Path) -> None:
+    model = adapted(text)
+    loss(model, slice(None)).backward()
+    whole = gradients(model)
+    for found in two(data_parallel, tmp_path, text):
+        assert found.keys() == whole.keys()
+        for name, value in whole.items():
+            torch.testing.assert_close(found[name], value / WORLD, rtol=1e-9, atol=1e-12)
+            assert value.any()
+
+
+def sharded(text: str) -> dict[str, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model = adapted(text)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in model.backbone.get_submodule("encoder.layer").children():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model.backbone, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.backbone.parameters())
+    assert not any(isinstance(p, DTensor) for p in model.bank.parameters())
+    loss(model, slice(None)).backward()
+    assert all(isinstance(p, DTensor) for p in model.backbone.parameters())
+    return gradients(model)
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_a_sharded_backbone_gives_the_gradients_of_a_whole_one(text: str, tmp_path: Path) -> None:
+    model = adapted(text)
+    loss(model, slice(None)).backward()
+    whole = gradients(model)
+    for found in two(sharded, tmp_path, text):
+        assert found.keys() == whole.keys()
+        for name, value in whole.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
