@@ -30,6 +30,8 @@ VERBS = [
         "merge",
         "export",
         "import",
+        "push",
+        "pull",
         "check",
         "report",
     ),

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from deltatune.errors import DeltaFileError, OutputError, UserError
 FORMAT = "deltatune.delta/1"
 MANIFEST, TENSORS = "delta.json", "delta.safetensors"
 PEFT_CONFIG = "adapter_config.json"
+# user/repo or user/repo@revision, on the hub
+ADDRESS = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 SEAL = "manifest_sha256"  # of everything else in the manifest
 
 
@@ -95,7 +98,7 @@ def _write(delta: Delta, work: Path) -> None:
 
 
 def load(folder: str | Path, backbone: Backbone | None = None, *, verify: bool = True) -> Delta:
-    """Read a delta from a folder, ours or PEFT's; with a backbone, check that it fits.
+    """Read a delta from a folder, ours or PEFT's, or from the hub; with a backbone, check that it fits.
 
     DeltaFileError if a file is missing, of another version, tampered with, or lacks or adds a tensor; BackboneMismatch
     if the backbone has other weights. No code is imported from the folder.
@@ -104,6 +107,13 @@ def load(folder: str | Path, backbone: Backbone | None = None, *, verify: bool =
     from safetensors.torch import load_file
 
     place = Path(folder)
+    if not place.exists() and not place.parent.is_dir() and ADDRESS.fullmatch(str(folder)):
+        from deltatune.delta.hub import pull
+
+        try:
+            place = pull(str(folder))
+        except DeltaFileError as error:
+            raise DeltaFileError(f"no folder {place}, and no delta on the hub: {error}") from error
     if is_peft(place):
         if backbone is None:
             raise DeltaFileError(
