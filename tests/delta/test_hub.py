@@ -67,8 +67,6 @@ def test_what_is_pushed_is_pulled_to_the_byte(hub: Hub, saved: Path, tmp_path: P
         done = run(hub, tmp_path, "pull", where, "--out", out)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / out / "delta.safetensors").read_bytes() == (saved / "delta.safetensors").read_bytes()
-    shown = run(hub, tmp_path, "inspect", "me/reviews", "--json")
-    assert shown.returncode in (0, 2)  # inspect names files of its folder
 
 
 def test_an_older_revision_stays_what_it_was(hub: Hub, saved: Path, tmp_path: Path) -> None:
