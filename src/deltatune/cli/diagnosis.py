@@ -139,7 +139,7 @@ def change(layer: Layer, site: Site) -> float:
 def _uneven(delta: Delta) -> Iterator[Finding]:
     kinds: dict[tuple[str, str], list[tuple[str, float]]] = {}
     for site, layer in delta.at_sites():
-        norm = sum(float(p.detach().double().square().sum()) for p in layer.parameters()) ** 0.5
+        norm = sum(float(p.detach().cpu().double().square().sum()) for p in layer.parameters()) ** 0.5
         kinds.setdefault((type(layer).__name__, site.name), []).append((site.key, norm))
     for found in kinds.values():
         middle = statistics.median(norm for _, norm in found)

@@ -67,7 +67,7 @@ class Delta(nn.Module):
         """Euclidean norm of the parameters at each site."""
         found: dict[str, float] = {}
         for site, layer in self.at_sites():
-            square = sum(float(p.detach().double().square().sum()) for p in layer.parameters())
+            square = sum(float(p.detach().cpu().double().square().sum()) for p in layer.parameters())
             found[site.key] = (found.get(site.key, 0.0) ** 2 + square) ** 0.5
         return found
 

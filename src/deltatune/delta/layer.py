@@ -87,11 +87,11 @@ class Layer(nn.Module):
         raise NotImplementedError
 
 
-def own_params(layer: Layer, dtype: torch.dtype) -> Params:
-    """Return the parameters of a layer in the shape that its formula takes, as for one delta."""
+def own_params(layer: Layer, dtype: torch.dtype, device: torch.device | str | None = None) -> Params:
+    """Return the parameters of a layer in the shape that its formula takes, as for one delta; on their own device."""
     return Params(
         {
-            name: (p.detach()[None, None] if p.ndim == 1 else p.detach()[None]).to(dtype)
+            name: (p.detach()[None, None] if p.ndim == 1 else p.detach()[None]).to(device or p.device).to(dtype)
             for name, p in layer.named_parameters(recurse=False)
         }
     )

@@ -137,10 +137,12 @@ def fold(backbone: Backbone, delta: Delta, *, verify: bool = True) -> list[Folde
     sites = check_fits(delta, backbone, verify=verify)
     found: list[tuple[Site, Layer]] = [(sites[a], layer) for a, layer in delta.layers.items()]  # type: ignore[misc]
     _check(backbone, delta, found)
-    return _folded(backbone, found, torch.float64)
+    return _folded(backbone, found, torch.float64, torch.device("cpu"))  # MPS has no float64
 
 
-def _folded(backbone: Backbone, found: Sequence[tuple[Site, Layer]], least: torch.dtype) -> list[Folded]:
+def _folded(
+    backbone: Backbone, found: Sequence[tuple[Site, Layer]], least: torch.dtype, on: torch.device
+) -> list[Folded]:
     by_module: dict[str, list[tuple[Site, Layer]]] = defaultdict(list)
     for site, layer in found:
         if not isinstance(layer, WeightLayer):
@@ -152,14 +154,16 @@ def _folded(backbone: Backbone, found: Sequence[tuple[Site, Layer]], least: torc
         layers.sort(key=lambda pair: pair[1].port == "input")
         turned = linear_shape(module) is not None and not isinstance(module, nn.Linear)  # GPT-2's Conv1D
         dtype = torch.promote_types(module.weight.dtype, least)
-        before = (module.weight.detach().T if turned else module.weight.detach()).to(dtype)
+        before = (module.weight.detach().T if turned else module.weight.detach()).to(on).to(dtype)
         own = getattr(module, "bias", None)
-        bias_before = None if own is None else own.detach().to(dtype)
+        bias_before = None if own is None else own.detach().to(on).to(dtype)
         weight, bias = before.clone(), None if bias_before is None else bias_before.clone()
         for site, layer in layers:
             rows = torch.arange(len(weight), device=weight.device)
             rows = rows if site.view is None else site.view.take(rows)
-            part, part_bias = layer.merged(own_params(layer, dtype), weight[rows], None if bias is None else bias[rows])
+            part, part_bias = layer.merged(
+                own_params(layer, dtype, on), weight[rows], None if bias is None else bias[rows]
+            )
             weight[rows] = part
             if part_bias is not None:
                 if bias is None:
@@ -176,7 +180,7 @@ def _values(backbone: Backbone, found: Sequence[tuple[Site, Layer]]) -> list[tup
     for _, layer in found:
         if isinstance(layer, WeightLayer):
             values += _whole(backbone, layer)
-    for one in _folded(backbone, found, torch.float32):
+    for one in _folded(backbone, found, torch.float32, backbone.device):
         if not torch.equal(one.weight_after, one.weight):
             after = one.weight_after.T.contiguous() if one.turned else one.weight_after
             values.append((one.module, "weight", after, one.path))
