@@ -207,7 +207,8 @@ def test_a_probe_that_changes_nothing_changes_nothing(family: str) -> None:
     with torch.no_grad():
         subject.module(**subject.batch)
     handle.remove()
-    torch.testing.assert_close(kept[-1].reshape(given.shape), given)
+    # Some compute their softmax in float32 whatever the network's dtype.
+    torch.testing.assert_close(kept[-1].reshape(given.shape), given, rtol=1e-5, atol=1e-5)
 
 
 def tied(subject: Subject, site: Site) -> bool:

@@ -149,7 +149,8 @@ class Attachment:
                 ports.setdefault(site.exit, ([], [], []))[2].append(site)
                 if site.entry != site.exit:
                     ports.setdefault(site.entry, ([], [], []))[0].append(site)
-        enter_ledger(source.module)
+        # Code that does not ask transformers for its attention may ask for its name.
+        enter_ledger(source.module, any(site.heads is not None for site in source.anatomy.sites))
         for path, site in _shared_blocks(bank, source).items():  # first, so that all hooks of the block see its number
             source.module.get_submodule(path).register_forward_pre_hook(RunCounter(bank, site).before)
         for path, (opens, inputs, exits) in ports.items():
@@ -190,7 +191,7 @@ def _shared_blocks(bank: Bank, source: Backbone) -> dict[str, Site]:
     return found
 
 
-def enter_ledger(module: nn.Module) -> None:
+def enter_ledger(module: nn.Module, attends: bool) -> None:
     """Freeze the backbone and put our attention in front of its own, once for all banks on it."""
     ledger = module.__dict__.get(LEDGER)
     if ledger is None:
@@ -203,7 +204,7 @@ def enter_ledger(module: nn.Module) -> None:
             "experts": {path: getattr(config, "_experts_implementation", None) for path, config in configs.items()},
         }
         for config in configs.values():
-            if config._attn_implementation in ("sdpa", "eager"):
+            if attends and config._attn_implementation in ("sdpa", "eager"):
                 config._attn_implementation_internal = attention.registered(config._attn_implementation)
             own = getattr(config, "_experts_implementation", None)
             if own in experts.KNOWN:

@@ -49,7 +49,10 @@ def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Ten
 
 
 def eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-    """Attention of a backbone that uses plain products."""
+    """Attention of a backbone that uses plain products: its masks are never left out, so none means none."""
+    call = current()
+    if mask is None and (call is None or call.packed is None):
+        kwargs = {**kwargs, "is_causal": False}
     return _attend(plain, module, query, key, value, mask, **kwargs)
 
 

@@ -134,15 +134,15 @@ def blend(
     blended: Effect = {}
     for key, site in sites.items():
         parts: list[Tensor | None] = []
-        for place in (1, 2):
-            changes = [one[key][place] if key in one else None for one in effects]
+        for place, of in enumerate(("weight", "bias")):
+            changes: list[Tensor | None] = [one[key][1:][place] if key in one else None for one in effects]
             like = next((change for change in changes if change is not None), None)
             if like is None:
                 parts.append(None)
                 continue
             sparse = [
                 SPARSIFIERS[row.sparsifier](
-                    torch.zeros_like(like) if change is None else change, kept, generator(seed, how, key, place, number)
+                    torch.zeros_like(like) if change is None else change, kept, generator(seed, how, key, of, number)
                 )
                 for number, change in enumerate(changes)
             ]

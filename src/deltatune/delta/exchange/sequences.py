@@ -131,7 +131,7 @@ def write_prefix(
         )
     layers = {site.block: (site, delta.layers[address]) for address, site in bound.items()}
     depth = next(iter(backbone.anatomy.depth.values()))
-    missing = sorted(set(range(depth)) - layers.keys())  # type: ignore[type-var]
+    missing = sorted(set(range(depth)) - layers.keys())
     if missing:
         raise UserError(
             f"{delta.name!r} has no prefix in block {missing[0]}; PEFT has one in each of the {depth} blocks"

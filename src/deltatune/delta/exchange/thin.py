@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -201,7 +201,7 @@ def write_lora(delta: Delta, bound: Mapping[str, Site], backbone: Backbone) -> t
     }, tensors
 
 
-def _joined(pieces: list[tuple[Site, Tensor, Tensor, float]], d_out: int) -> tuple[Tensor, Tensor, float]:
+def _joined(pieces: Sequence[tuple[Site, Tensor, Tensor, float]], d_out: int) -> tuple[Tensor, Tensor, float]:
     """One A, B and scale for what stands at one module."""
     site, A, B, scale = pieces[0]
     if len(pieces) == 1 and site.view is None:
