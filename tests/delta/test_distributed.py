@@ -31,10 +31,11 @@ def adapted(text: str) -> Adapted:
 
 
 def loss(model: nn.Module, rows: slice) -> Tensor:
-    batch = {name: value[rows] for name, value in given(backbone()).items()}
+    whole = given(backbone())
+    batch = {name: value[rows] for name, value in whole.items()}
     out = model(**batch).last_hidden_state
     draw = torch.Generator().manual_seed(0)
-    weight = torch.randn((64, *out.shape[1:]), generator=draw, dtype=out.dtype)[rows]
+    weight = torch.randn((len(whole["input_ids"]), *out.shape[1:]), generator=draw, dtype=out.dtype)[rows]
     total: Tensor = (out * weight).sum()
     return total
 

@@ -24,7 +24,7 @@ def test_the_code_of_the_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     found = blocks("howto.md")
-    assert len(found) >= 6
+    assert len(found) >= 5
     for code in found:
         exec(compile(code, "howto.md", "exec"), names)  # noqa: S102
     assert (tmp_path / "out" / "a" / "delta.json").is_file()

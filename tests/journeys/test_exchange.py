@@ -33,7 +33,7 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Reviews to be answered in a word."""
     folder = tmp_path_factory.mktemp("spoken")
-    return write_jsonl(folder / "spoken.jsonl", [{"source": r["review"][:12], "target": r["stars"]} for r in rows()])
+    return write_jsonl(folder / "spoken.jsonl", [{"source": r["review"].rpartition(" ")[0], "target": r["stars"]} for r in rows()])
 
 
 def fit(run: Run, task: Path, backbone: Path, delta: str, out: Path) -> Path:

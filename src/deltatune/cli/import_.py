@@ -24,7 +24,10 @@ def import_(
 
     from deltatune.backbone.load import load
     from deltatune.delta.exchange.peft import read
+    from deltatune.errors import OutputError
 
+    if out.exists():
+        raise OutputError(f"{out} exists already; choose another place or remove it")
     network = load(backbone)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
