@@ -40,7 +40,7 @@ def files(folder: Path) -> list[str]:
 
 def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path):
     kills = killed(tmp_path, 0, fit=6, tune=3, verb=0)
-    assert len(kills["fit"]) >= 8 and len(kills["tune"]) >= 6 and len(kills["verb"]) == 5
+    assert len(kills["fit"]) == 11 and len(kills["tune"]) == 8 and len(kills["verb"]) == 5
     assert sum("further" in kill and "no further" not in kill for kill in kills["fit"]) >= 2
 
     runs, _ = found(tmp_path / "fit")
@@ -59,6 +59,6 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 def test_at_many_more_instants(seed, tmp_path):
     kills = killed(tmp_path, 10 + seed, fit=16, tune=16)
-    assert all(len(some) >= 12 for some in kills.values())
+    assert all(len(some) == 21 for some in kills.values())
     for what in kills:
         found(tmp_path / what)
