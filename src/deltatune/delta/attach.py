@@ -19,6 +19,7 @@ from deltatune.delta.bank import Bank
 from deltatune.delta.call import Swap, current
 from deltatune.delta.delta import Delta
 from deltatune.delta.layer import Layer, Params, WeightLayer
+from deltatune.delta.quantised import GradientHook, let_gradients_pass, refuse_unwritable
 from deltatune.delta.tokens import own_positions
 from deltatune.errors import BackboneMismatch, RoutingError, SiteError, nearest
 
@@ -117,6 +118,9 @@ class RunCounter:
             call.begun[self.site.exit] = call.begun.get(self.site.exit, 0) + 1
 
 
+HOOKS = (SiteHook, RunCounter, ShiftHook, GradientHook)
+
+
 def _entry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The tensor that a module works on: its first argument, or the one that blocks name so."""
     return args[0] if args else kwargs.get(ENTRY)
@@ -151,6 +155,7 @@ class Attachment:
                     ports.setdefault(site.entry, ([], [], []))[0].append(site)
         # Code that does not ask transformers for its attention may ask for its name.
         enter_ledger(source.module, any(site.heads is not None for site in source.anatomy.sites))
+        let_gradients_pass(source.module, bank)
         for path, site in _shared_blocks(bank, source).items():  # first, so that all hooks of the block see its number
             source.module.get_submodule(path).register_forward_pre_hook(RunCounter(bank, site).before)
         for path, (opens, inputs, exits) in ports.items():
@@ -173,7 +178,7 @@ class Attachment:
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number, hook in list(hooks.items()):
                     owner = getattr(hook, "__self__", None)
-                    if isinstance(owner, (SiteHook, RunCounter, ShiftHook)) and owner.bank is self.bank:
+                    if isinstance(owner, HOOKS) and owner.bank is self.bank:
                         del hooks[number]
                         module._forward_pre_hooks_with_kwargs.pop(number, None)
                         module._forward_hooks_with_kwargs.pop(number, None)
@@ -292,6 +297,8 @@ def check_fits(delta: Delta, source: Backbone, *, verify: bool = True) -> dict[s
                 f"{source.name!r} has {here.d_in}->{here.d_out}"
             )
         layer = delta.layers[address]
+        if isinstance(layer, Layer) and layer.needs == "weight-write":
+            refuse_unwritable(delta.name, source)
         if isinstance(layer, Layer) and layer.port == "kv" and here.heads is None:
             raise SiteError(f"{source.name!r} computes attention at {site.key!r} in a way that takes no prefix")
         bound[address] = here
