@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltatune.errors import BackboneError
+
 BITSANDBYTES = ("Params4bit", "Int8Params")
 
 
@@ -32,12 +34,15 @@ def offloaded(model: nn.Module) -> bool:
 def read_weight(model: nn.Module, path: str) -> Tensor:
     """Return a parameter's values as a plain tensor of a floating dtype, detached.
 
-    A quantised weight is dequantised, an offloaded one is brought in; a plain one is not copied.
+    A quantised weight is dequantised, an offloaded one is brought in; a plain one is not copied. BackboneError for a
+    weight without values.
     """
     owner, _, name = path.rpartition(".")
     module: Any = model.get_submodule(owner)
     with _brought_in(module):
         parameter = module._parameters[name]
+        if parameter.is_meta:
+            raise BackboneError(f"the weight {path!r} was never loaded (it is on the meta device); load the backbone whole")
         kind = scheme(parameter)
         if kind is None:
             return parameter.detach()

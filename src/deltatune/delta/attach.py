@@ -91,7 +91,7 @@ class ShiftHook:
         moved = torch.tensor(own, device=like.device).repeat_interleave(
             torch.tensor([s.rows * times for s in call.segments], device=like.device)
         )
-        order = call.permutation(times)
+        order = call.permutation(times, like.device)
         cache = kwargs.get("past_key_values")
         start = cache.get_seq_length() if cache is not None else 0
         limit = self.source.positions

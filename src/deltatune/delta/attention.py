@@ -236,7 +236,7 @@ def _prefixes(call: Call, site: Site, key: Tensor) -> tuple[Tensor, Tensor, Tens
             ]
             pieces.append((run.start * times, run.stop * times, both[0], both[1]))
     rows = key.shape[0]
-    order = call.permutation(times)
+    order = call.permutation(times, key.device)
     lengths = {piece[2].shape[2] for piece in pieces}
     if len(rounds) == 1 and len(lengths) == 1 and sum(stop - start for start, stop, _, _ in pieces) == rows:
         keys, values = (torch.cat([piece[i] for piece in pieces]) for i in (2, 3))  # type: ignore[misc]

@@ -213,7 +213,7 @@ class Bank(nn.Module):
             part = part.unflatten(0, (call.rows, -1))
             x = x.unflatten(0, (call.rows, -1)) if x is not None else None
         times = call.expansion(part.shape[0], site.key)
-        order = call.permutation(times)
+        order = call.permutation(times, h.device)
         if order is not None:
             part = part[order[0]]
             x = x[order[0]] if x is not None else None
@@ -264,7 +264,7 @@ class Bank(nn.Module):
         layer, k = run.layers[0], len(run.layers)
         params = self.params(call, place, run, h.dtype)
         if x is not None and layer.reads_input:
-            x = x.to(h.dtype)
+            x = x.to(h)  # a span's entry may be on another device
             if layer.dropout and call.training:
                 x = dropped(call, run, place, layer.dropout, x)
         grid = call.packed.parts(run.start, run.stop, k) if call.packed is not None and k > 1 else None

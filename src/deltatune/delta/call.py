@@ -93,14 +93,15 @@ class Call:
         """Return where a row begins along dimension 0 of a tensor of rows repeated `times`, or of tokens."""
         return row * times if self.packed is None else self.packed.starts[row]
 
-    def permutation(self, times: int) -> tuple[Tensor, Tensor] | None:
+    def permutation(self, times: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Return (order, inverse) over rows repeated `times`, or None if the rows stand in order already."""
         if self.order is None:
             return None
-        if ("order", times) not in self.gathered:
-            order = (self.order[:, None] * times + torch.arange(times, device=self.order.device)).reshape(-1)
-            self.gathered["order", times] = (order, torch.argsort(order))
-        found: tuple[Tensor, Tensor] = self.gathered["order", times]
+        key = ("order", times, device)
+        if key not in self.gathered:
+            order = (self.order.to(device)[:, None] * times + torch.arange(times, device=device)).reshape(-1)
+            self.gathered[key] = (order, torch.argsort(order))
+        found: tuple[Tensor, Tensor] = self.gathered[key]
         return found
 
 

@@ -165,7 +165,7 @@ def _tokens(call: Call, backbone: Backbone) -> tuple[Tensor, Tensor, list[int]] 
         tokens = torch.cat(parts) if parts else torch.zeros(0, site.d_out, dtype=backbone.dtype, device=backbone.device)
         filled.append(nn.functional.pad(tokens, (0, 0, most - number, 0)))
     added = torch.stack(filled)
-    order = call.permutation(1)
+    order = call.permutation(1, added.device)
     starts = accumulate((segment.rows for segment in call.segments[:-1]), initial=0)
     own = [sum(len(t) for t in rows[start]) for start in starts]
     return (added[order[1]], seen[order[1]], own) if order else (added, seen, own)
