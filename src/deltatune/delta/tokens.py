@@ -95,8 +95,10 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
 
     first = _first(mask)
     after = backbone.kind == "encoder"
-    call.gathered["inserted"] = (after, own)
-    placed = _placed(first, seen, length, after=after, even=len(set(own)) == 1)
+    # An encoder counts its positions from the left and need not be told; generation goes on from the right.
+    to_end = backbone.kind != "decoder"
+    call.gathered["inserted"] = (to_end, own)
+    placed = _placed(first, seen, length, int(after), to_end=to_end and len(set(own)) > 1)
     between = placed.between
     inputs["inputs_embeds"] = between(embeds, added.to(embeds))
     inputs["attention_mask"] = between(mask, seen.to(mask))
@@ -123,21 +125,21 @@ def _column(first: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros(len(like), 1, dtype=torch.long, device=like.device) if first is None else first
 
 
-def _placed(first: Tensor | None, seen: Tensor, length: int, *, after: bool, even: bool) -> Inserted:
-    """Work out where the tokens go: after the first token, or before it. `even`: every row has all of them."""
+def _placed(first: Tensor | None, seen: Tensor, length: int, skip: int, *, to_end: bool) -> Inserted:
+    """Work out where the tokens go: behind `skip` tokens from the first on.
+
+    What a row lacks of `seen` [rows, number] goes to its end (`to_end`) or before its own tokens.
+    """
     number = seen.shape[1]
-    if first is None and (even or not after):
-        return Inserted(int(after), number)
-    start = _column(first, seen) + int(after)
+    if first is None and not to_end:
+        return Inserted(skip, number)
+    start = _column(first, seen) + skip
     column = torch.arange(length + number, device=seen.device).expand(len(seen), -1)
-    if not after:
-        added = length + column - start
-        layout = torch.where(column < start, column, torch.where(column < start + number, added, column - number))
-        return Inserted(0, number, layout)
-    own = seen.sum(dim=1, keepdim=True)
-    lacking = number - own
-    layout = torch.where(column < start + own, length + lacking + column - start, column - own)
-    return Inserted(1, number, torch.where(column < start, column, layout))  # what is lacking comes last
+    own = seen.sum(dim=1, keepdim=True) if to_end else number
+    added = length + number - own + column - start
+    # At the end `column - own` counts what is lacking: it stands first among the added.
+    layout = torch.where(column < start, column, torch.where(column < start + own, added, column - own))
+    return Inserted(skip, number, layout)
 
 
 def _tokens(call: Call, backbone: Backbone) -> tuple[Tensor, Tensor, list[int]] | None:
