@@ -88,7 +88,9 @@ def test_fingerprint_is_that_of_the_weights_wherever_they_lie(kind: str, tmp_pat
 
 def test_what_writes_weights_is_refused_where_they_are_offloaded(tmp_path: Path) -> None:
     on = placed("bert", "one block on the disk", tmp_path)
-    with pytest.raises(SiteError, match="delta 'full' changes the weights themselves, and those of 'bert' are offloaded"):
+    with pytest.raises(
+        SiteError, match="delta 'full' changes the weights themselves, and those of 'bert' are offloaded"
+    ):
         dt.adapt(on, parse("full"))
     with pytest.raises(SiteError, match="'lora' cannot be merged: weights of 'bert' are offloaded; load it whole"):
         merge(on, Delta.build(parse("lora"), on))
@@ -129,7 +131,7 @@ AUTOCAST = ("bert", "llama", "t5")
 
 
 @pytest.mark.parametrize("family", AUTOCAST)
-@pytest.mark.parametrize("text", (*SPECS, "full"))
+@pytest.mark.parametrize("text", [*SPECS, "full"])
 def test_autocast_computes_in_bfloat16_and_learns_in_float32(text: str, family: str) -> None:
     held = Subject(parse(text), Backbone(tiny(family), name=family))
     model = adapted(text, held.fresh(torch.float32), "one", "two")
@@ -149,9 +151,7 @@ def test_autocast_computes_in_bfloat16_and_learns_in_float32(text: str, family: 
     close([o.float() for o in together], [o.float() for o in alone], 2e-2)
     after = backward(model, together, rows)
     assert {g.dtype for g in after.values() if g is not None} == {torch.float32}
-    left, right = (
-        torch.cat([g.flatten() for g in found.values() if g is not None]) for found in (after, before)
-    )
+    left, right = (torch.cat([g.flatten() for g in found.values() if g is not None]) for found in (after, before))
     assert float(nn.functional.cosine_similarity(left, right, dim=0)) > 0.97
 
 

@@ -134,10 +134,14 @@ def test_a_prompt_is_vectors_before_the_encoders_text(family: str) -> None:
     got = model(**batch)
     close(got.logits, wanted.logits)
     for i, row in enumerate(rows):
-        close(got.encoder_last_hidden_state[i, : len(row.ids)], wanted.encoder_last_hidden_state[i, 3 : 3 + len(row.ids)])
+        close(
+            got.encoder_last_hidden_state[i, : len(row.ids)], wanted.encoder_last_hidden_state[i, 3 : 3 + len(row.ids)]
+        )
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 3}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3, "num_return_sequences": 3}, {"cache_implementation": "static"}]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_all_of_them_in_one_batch(family: str, options: dict[str, Any]) -> None:
     """Each row generates what it generates alone; the encoder runs once, on rows that are not expanded yet."""
@@ -153,7 +157,9 @@ def test_generation_with_all_of_them_in_one_batch(family: str, options: dict[str
     together = model.generate(**inputs, deltas=route, **settings)
     each = len(together) // len(route)
     alone = [
-        model.generate(input_ids=row.ids[None], attention_mask=torch.ones(1, len(row.ids)), deltas=name, **settings).tolist()
+        model.generate(
+            input_ids=row.ids[None], attention_mask=torch.ones(1, len(row.ids)), deltas=name, **settings
+        ).tolist()
         for row, name in zip(rows, route, strict=True)
     ]
     assert [together[i * each : (i + 1) * each].tolist() for i in range(len(route))] == alone

@@ -42,7 +42,9 @@ def read_weight(model: nn.Module, path: str) -> Tensor:
     with _brought_in(module):
         parameter = module._parameters[name]
         if parameter.is_meta:
-            raise BackboneError(f"the weight {path!r} was never loaded (it is on the meta device); load the backbone whole")
+            raise BackboneError(
+                f"the weight {path!r} was never loaded (it is on the meta device); load the backbone whole"
+            )
         kind = scheme(parameter)
         if kind is None:
             return parameter.detach()

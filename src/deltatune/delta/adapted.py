@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deltatune.backbone.load import Backbone, load
 from deltatune.delta.attach import Attachment, check_fits, new_weights
 from deltatune.delta.bank import Bank
-from deltatune.delta.call import Call, Draw, Segment, entered, recalling, segments_of, swapped
+from deltatune.delta.call import Call, Draw, Segment, entered, outside, recalling, segments_of, swapped
 from deltatune.delta.delta import Delta
 from deltatune.delta.method import Spec
 from deltatune.delta.packing import Packed, offset_of, pack, unpack
@@ -29,6 +29,8 @@ INPUTS = (
     "decoder_attention_mask", "pixel_values", "input_features", "labels", "start_positions", "end_positions",
 )  # fmt: skip
 _UNSET: Any = object()
+# Not compiled itself, but what it calls.
+within = torch.compiler.disable(recursive=False)
 # What `using` says, for each Adapted by its id: a block of one says nothing about another.
 _using: ContextVar[Mapping[int, Any]] = ContextVar("deltatune_using", default=MappingProxyType({}))
 
@@ -84,6 +86,7 @@ class Adapted(nn.Module):
 
     # Routing
 
+    @outside
     def call(
         self,
         rows: int,
@@ -148,6 +151,7 @@ class Adapted(nn.Module):
 
     # Running
 
+    @within
     def forward(self, *args: Any, deltas: Route = _UNSET, **kwargs: Any) -> Any:
         """Run the backbone with deltas: its own arguments, and `deltas` (one, or one per row).
 
@@ -182,6 +186,7 @@ class Adapted(nn.Module):
         hidden: Tensor = self._run(self.source.trunk, (), inputs, _UNSET, call).last_hidden_state
         return hidden
 
+    @within
     def _run(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route, call: Call | None = None
     ) -> Any:
@@ -205,6 +210,7 @@ class Adapted(nn.Module):
             )
         return output
 
+    @outside
     def _checked(self, call: Call, kwargs: dict[str, Any]) -> Call:
         """A call that was made before: for this bank, for so many rows, and with nothing left from an earlier run."""
         if call.bank is not self.bank:
@@ -287,6 +293,7 @@ class Adapted(nn.Module):
         enable(options)
         self._recall()
 
+    @outside
     def _recall(self) -> None:
         for module in self.backbone.modules():
             function = module.__dict__.get("_gradient_checkpointing_func")

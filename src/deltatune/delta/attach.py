@@ -16,7 +16,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import ORDER, Site
 from deltatune.delta import attention, experts
 from deltatune.delta.bank import Bank
-from deltatune.delta.call import Swap, current
+from deltatune.delta.call import Swap, current, outside
 from deltatune.delta.delta import Delta
 from deltatune.delta.layer import Layer, Params, WeightLayer
 from deltatune.delta.quantised import GradientHook, let_gradients_pass, refuse_unwritable
@@ -37,6 +37,7 @@ class SiteHook:
     def __init__(self, bank: Bank, opens: list[Site], inputs: list[Site], exits: list[Site]) -> None:
         self.bank, self.opens, self.inputs, self.exits = bank, opens, inputs, exits
 
+    @outside
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -55,6 +56,7 @@ class SiteHook:
                 h = self.bank.execute(call, site, "input", None, h)
         return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, ENTRY: h})
 
+    @outside
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Run the layers of the spans that close here, inner before outer."""
         call = current()
@@ -77,6 +79,7 @@ class ShiftHook:
         deltas = [bank[name] for name in bank.names]
         self.shifts = {delta.name: max((layer.shift for _, layer in delta.at_sites()), default=0) for delta in deltas}
 
+    @outside
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give the trunk the positions that it would use, moved on."""
         call = current()
@@ -111,6 +114,7 @@ class RunCounter:
     def __init__(self, bank: Bank, site: Site) -> None:
         self.bank, self.site = bank, site
 
+    @outside
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Say that the block begins once more."""
         call = current()
@@ -168,6 +172,8 @@ class Attachment:
         shift = ShiftHook(bank, source)
         if any(shift.shifts.values()):
             source.trunk.register_forward_pre_hook(shift.before, with_kwargs=True)
+        # A compiled graph does not look whether hooks were added since, and would leave these out in silence.
+        torch.compiler.reset()
 
     def remove(self) -> None:
         """Take this bank's hooks off; the last one to go restores flags and the attention function."""

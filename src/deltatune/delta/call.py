@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from deltatune.delta.plan import Plan
 
 
+# What depends on the call stays out of graphs that torch.compile makes: a graph would hold for one routing, and each
+# new list of segments would compile again. What lies between is compiled once for all routings.
+outside = torch.compiler.disable
+
 Swap = tuple[nn.Module, str, Tensor]  # a module, the name of its parameter, and what replaces it
 
 
@@ -142,6 +146,7 @@ def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
 def recalling(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a checkpoint function so that recomputation happens inside the call of the first computation."""
 
+    @outside
     @functools.wraps(checkpoint)
     def wrapped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = current()

@@ -57,7 +57,7 @@ class Delta(nn.Module):
         return delta.place(backbone)
 
     def place(self, backbone: Backbone) -> Delta:
-        """Move each layer to the device on which its site's module computes, the head to the backbone's; return self."""
+        """Move each layer to the device that its site's module computes on, the head to the backbone's; return self."""
         self.to(backbone.device)
         for site, layer in self.at_sites():
             layer.to(device_of(backbone.module.get_submodule(site.exit)) or backbone.device)

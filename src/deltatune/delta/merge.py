@@ -89,8 +89,8 @@ def _check(backbone: Backbone, delta: Delta, found: Sequence[tuple[Site, Layer]]
     form = quantised(backbone.module)
     if form is not None:
         raise SiteError(
-            f"{delta.name!r} cannot be merged: the weights of {backbone.name!r} are quantised ({form}), and rounding them "
-            f"again would lose the delta; merge into the backbone in a floating dtype, then quantise"
+            f"{delta.name!r} cannot be merged: the weights of {backbone.name!r} are quantised ({form}), and rounding "
+            f"them again would lose the delta; merge into the backbone in a floating dtype, then quantise"
         )
     if offloaded(backbone.module):
         raise SiteError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.weights import offloaded, quantised, read_weight, scheme
 from deltatune.delta.bank import Bank
-from deltatune.delta.call import current
+from deltatune.delta.call import current, outside
 from deltatune.errors import SiteError
 
 
@@ -37,6 +37,7 @@ class GradientHook:
     def __init__(self, bank: Bank) -> None:
         self.bank = bank
 
+    @outside
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Tie the output to the input again, in a call of the own bank."""
         call = current()
@@ -62,6 +63,6 @@ def refuse_unwritable(delta: str, source: Backbone) -> None:
     if form is not None or offloaded(source.module):
         raise SiteError(
             f"delta {delta!r} changes the weights themselves, and those of {source.name!r} are "
-            f"{f'quantised ({form})' if form else 'offloaded'}; load the backbone whole in a floating dtype, or choose a "
-            f"method that acts on activations, such as lora"
+            f"{f'quantised ({form})' if form else 'offloaded'}; load the backbone whole in a floating dtype, or choose "
+            f"a method that acts on activations, such as lora"
         )

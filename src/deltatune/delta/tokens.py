@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone
-from deltatune.delta.call import Call
+from deltatune.delta.call import Call, outside
 from deltatune.delta.layer import TokenLayer
 from deltatune.errors import RoutingError
 
@@ -40,6 +40,7 @@ class Inserted:
             return torch.cat([text[:, : self.at], added, text[:, self.at :]], dim=1)
         return _taken(torch.cat([text, added], dim=1), self.layout)
 
+    @outside
     def strip(self, output: Any, *, encoder_of_two: bool = False) -> Any:
         """Take the inserted positions out of a model output [rows, positions, ...].
 
@@ -65,6 +66,7 @@ def _taken(values: Tensor, index: Tensor) -> Tensor:
     return values.take_along_dim(index.reshape(*index.shape, *[1] * (values.ndim - 2)), dim=1)
 
 
+@outside
 def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generating: bool = False) -> Inserted | None:
     """Put the call's tokens into `inputs` (changed in place); None if no row has any.
 
@@ -104,7 +106,9 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
     inputs["attention_mask"] = between(mask, seen.to(mask))
     if backbone.kind != "encoder-decoder":
         if not generating:
-            inputs["position_ids"] = _positions(backbone, ids, embeds, inputs.get("position_ids"), first, after, seen, placed)
+            inputs["position_ids"] = _positions(
+                backbone, ids, embeds, inputs.get("position_ids"), first, after, seen, placed
+            )
         elif "position_ids" in inputs:
             raise RoutingError("a prompt sets position_ids itself during generation; leave them out")
         labels = inputs.get("labels")
