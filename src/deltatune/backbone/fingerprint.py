@@ -25,8 +25,8 @@ from deltatune.backbone.weights import quantised, read_weight
 Verdict = Literal["same", "same up to dtype", "different"]
 ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTISED = "quantised"
-# Root mean square distance of two sketches: on MiniLM 0.01 for int8 and 0.14 for 4 bits; about 1.4 between networks that
-# have nothing in common.
+# Root mean square distance of two sketches: on MiniLM 0.01 for int8 and 0.14 for 4 bits; about 1.4 between networks
+# that have nothing in common.
 NEAR = 0.4
 
 
