@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone, load
-from deltatune.delta.attach import Attachment, check_fits, new_weights
+from deltatune.delta.attach import Attachment, check_fits, new_weights, refuse_compiled
 from deltatune.delta.bank import Bank
-from deltatune.delta.call import Call, Draw, Segment, entered, outside, recalling, segments_of, swapped
+from deltatune.delta.call import Call, Draw, Segment, entered, outside, recalling, segments_of, swapped, within
 from deltatune.delta.delta import Delta
 from deltatune.delta.method import Spec
 from deltatune.delta.packing import Packed, offset_of, pack, unpack
@@ -29,8 +29,6 @@ INPUTS = (
     "decoder_attention_mask", "pixel_values", "input_features", "labels", "start_positions", "end_positions",
 )  # fmt: skip
 _UNSET: Any = object()
-# Not compiled itself, but what it calls.
-within = torch.compiler.disable(recursive=False)
 # What `using` says, for each Adapted by its id: a block of one says nothing about another.
 _using: ContextVar[Mapping[int, Any]] = ContextVar("deltatune_using", default=MappingProxyType({}))
 
@@ -380,6 +378,7 @@ def adapt(
     if isinstance(source, Adapted):
         raise RoutingError("this is adapted already: give all deltas to one `adapt`, or adapt its `.source` once more")
     backbone = load(source)
+    refuse_compiled(backbone.module)  # before its sites are looked for: a compiled block hides them
     made = [d if isinstance(d, Delta) else Delta.build(d, backbone, seed=seed) for d in deltas]
     return Adapted(backbone, made, verify=verify)
 

@@ -135,7 +135,7 @@ class Attachment:
 
     def __init__(self, bank: Bank, source: Backbone) -> None:
         self.bank, self.module, self.live = bank, source.module, True
-        _refuse_compiled(source.module)
+        refuse_compiled(source.module)
         bank.two_stacks = source.kind == "encoder-decoder"
         ports: dict[str, tuple[list[Site], list[Site], list[Site]]] = {}
         for key, port in sorted(bank.places, key=lambda place: ORDER[bank.sites[place[0]].name]):
@@ -263,7 +263,8 @@ def _configs(module: nn.Module) -> dict[str, Any]:
     return dict(found.values())
 
 
-def _refuse_compiled(module: nn.Module) -> None:
+def refuse_compiled(module: nn.Module) -> None:
+    """RoutingError for a network that is compiled, or has a part that is."""
     if any(type(part).__name__ == "OptimizedModule" or part._compiled_call_impl for part in module.modules()):
         raise RoutingError(
             "this backbone is compiled, and hooks added now would be ignored: adapt it first, then compile"

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,24 @@ if TYPE_CHECKING:
     from deltatune.delta.plan import Plan
 
 
-# What depends on the call stays out of graphs that torch.compile makes: a graph would hold for one routing, and each
-# new list of segments would compile again. What lies between is compiled once for all routings.
-outside = torch.compiler.disable
-
+Function = TypeVar("Function", bound=Callable[..., Any])
 Swap = tuple[nn.Module, str, Tensor]  # a module, the name of its parameter, and what replaces it
+
+
+def outside(function: Function) -> Function:
+    """Keep a function out of the graphs that torch.compile makes.
+
+    What depends on the call is kept out: a graph would hold for one routing, and each new list of segments would
+    compile again. What lies between is compiled once for all routings.
+    """
+    kept: Function = torch.compiler.disable(function)
+    return kept
+
+
+def within(function: Function) -> Function:
+    """Keep a function itself out of such graphs, but not what it calls."""
+    kept: Function = torch.compiler.disable(function, recursive=False)
+    return kept
 
 
 @dataclass(frozen=True)

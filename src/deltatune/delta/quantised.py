@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ class GradientHook:
             return None
         if output.requires_grad or not args[0].requires_grad:
             return None
-        through: Tensor = _Through.apply(args[0], output, module)
-        return through
+        tie: Callable[..., Tensor] = _Through.apply
+        return tie(args[0], output, module)
 
 
 def let_gradients_pass(module: nn.Module, bank: Bank) -> None:
