@@ -12,6 +12,7 @@ from torch import nn
 from deltatune.backbone.anatomy import Anatomy, find_anatomy
 from deltatune.backbone.embedded import EMBEDDED, locate
 from deltatune.backbone.fingerprint import fingerprint
+from deltatune.backbone.weights import device_of
 from deltatune.errors import BackboneError, nearest
 
 Kind = Literal["encoder", "decoder", "encoder-decoder"]
@@ -70,13 +71,14 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return next(self.module.parameters()).dtype
+        """Dtype of the computation: that of the weights, or what quantised ones stand for."""
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.module.parameters()).device
+        """Device that the network begins on: that of its weights, or where accelerate brings them."""
+        table = getattr(self.module, "get_input_embeddings", lambda: None)()
+        return device_of(table or self.module) or device_of(self.module) or torch.device("cpu")
 
     @property
     def positions(self) -> int | None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone, load
-from deltatune.delta.attach import Attachment, check_fits, new_weights
+from deltatune.delta.attach import Attachment, check_fits, new_weights, refuse_compiled
 from deltatune.delta.bank import Bank
-from deltatune.delta.call import Call, Draw, Segment, entered, recalling, segments_of, swapped
+from deltatune.delta.call import Call, Draw, Segment, entered, outside, recalling, segments_of, swapped, within
 from deltatune.delta.delta import Delta
 from deltatune.delta.method import Spec
 from deltatune.delta.packing import Packed, offset_of, pack, unpack
@@ -84,6 +84,7 @@ class Adapted(nn.Module):
 
     # Routing
 
+    @outside
     def call(
         self,
         rows: int,
@@ -148,6 +149,7 @@ class Adapted(nn.Module):
 
     # Running
 
+    @within
     def forward(self, *args: Any, deltas: Route = _UNSET, **kwargs: Any) -> Any:
         """Run the backbone with deltas: its own arguments, and `deltas` (one, or one per row).
 
@@ -182,6 +184,7 @@ class Adapted(nn.Module):
         hidden: Tensor = self._run(self.source.trunk, (), inputs, _UNSET, call).last_hidden_state
         return hidden
 
+    @within
     def _run(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route, call: Call | None = None
     ) -> Any:
@@ -205,6 +208,7 @@ class Adapted(nn.Module):
             )
         return output
 
+    @outside
     def _checked(self, call: Call, kwargs: dict[str, Any]) -> Call:
         """A call that was made before: for this bank, for so many rows, and with nothing left from an earlier run."""
         if call.bank is not self.bank:
@@ -287,6 +291,7 @@ class Adapted(nn.Module):
         enable(options)
         self._recall()
 
+    @outside
     def _recall(self) -> None:
         for module in self.backbone.modules():
             function = module.__dict__.get("_gradient_checkpointing_func")
@@ -373,6 +378,7 @@ def adapt(
     if isinstance(source, Adapted):
         raise RoutingError("this is adapted already: give all deltas to one `adapt`, or adapt its `.source` once more")
     backbone = load(source)
+    refuse_compiled(backbone.module)  # before its sites are looked for: a compiled block hides them
     made = [d if isinstance(d, Delta) else Delta.build(d, backbone, seed=seed) for d in deltas]
     return Adapted(backbone, made, verify=verify)
 

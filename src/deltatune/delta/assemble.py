@@ -57,4 +57,4 @@ def assembled(made: Sequence[Member], backbone: Backbone, name: str) -> Delta:
     for (_, part), layer in zip(placed, delta.layers.values(), strict=True):
         for key, tensor in part.tensors.items():
             layer.get_parameter(key).data = tensor  # not copied into: the file's dtype stays
-    return delta.to(backbone.device)
+    return delta.place(backbone)

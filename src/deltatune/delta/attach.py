@@ -16,9 +16,10 @@ from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import ORDER, Site
 from deltatune.delta import attention, experts
 from deltatune.delta.bank import Bank
-from deltatune.delta.call import Swap, current
+from deltatune.delta.call import Swap, current, outside
 from deltatune.delta.delta import Delta
 from deltatune.delta.layer import Layer, Params, WeightLayer
+from deltatune.delta.quantised import GradientHook, let_gradients_pass, refuse_unwritable
 from deltatune.delta.tokens import own_positions
 from deltatune.errors import BackboneMismatch, RoutingError, SiteError, nearest
 
@@ -36,6 +37,7 @@ class SiteHook:
     def __init__(self, bank: Bank, opens: list[Site], inputs: list[Site], exits: list[Site]) -> None:
         self.bank, self.opens, self.inputs, self.exits = bank, opens, inputs, exits
 
+    @outside
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -54,6 +56,7 @@ class SiteHook:
                 h = self.bank.execute(call, site, "input", None, h)
         return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, ENTRY: h})
 
+    @outside
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Run the layers of the spans that close here, inner before outer."""
         call = current()
@@ -76,6 +79,7 @@ class ShiftHook:
         deltas = [bank[name] for name in bank.names]
         self.shifts = {delta.name: max((layer.shift for _, layer in delta.at_sites()), default=0) for delta in deltas}
 
+    @outside
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give the trunk the positions that it would use, moved on."""
         call = current()
@@ -90,7 +94,7 @@ class ShiftHook:
         moved = torch.tensor(own, device=like.device).repeat_interleave(
             torch.tensor([s.rows * times for s in call.segments], device=like.device)
         )
-        order = call.permutation(times)
+        order = call.permutation(times, like.device)
         cache = kwargs.get("past_key_values")
         start = cache.get_seq_length() if cache is not None else 0
         limit = self.source.positions
@@ -110,11 +114,15 @@ class RunCounter:
     def __init__(self, bank: Bank, site: Site) -> None:
         self.bank, self.site = bank, site
 
+    @outside
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Say that the block begins once more."""
         call = current()
         if call is not None and call.bank is self.bank:
             call.begun[self.site.exit] = call.begun.get(self.site.exit, 0) + 1
+
+
+HOOKS = (SiteHook, RunCounter, ShiftHook, GradientHook)
 
 
 def _entry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -127,7 +135,7 @@ class Attachment:
 
     def __init__(self, bank: Bank, source: Backbone) -> None:
         self.bank, self.module, self.live = bank, source.module, True
-        _refuse_compiled(source.module)
+        refuse_compiled(source.module)
         bank.two_stacks = source.kind == "encoder-decoder"
         ports: dict[str, tuple[list[Site], list[Site], list[Site]]] = {}
         for key, port in sorted(bank.places, key=lambda place: ORDER[bank.sites[place[0]].name]):
@@ -151,6 +159,7 @@ class Attachment:
                     ports.setdefault(site.entry, ([], [], []))[0].append(site)
         # Code that does not ask transformers for its attention may ask for its name.
         enter_ledger(source.module, any(site.heads is not None for site in source.anatomy.sites))
+        let_gradients_pass(source.module, bank)
         for path, site in _shared_blocks(bank, source).items():  # first, so that all hooks of the block see its number
             source.module.get_submodule(path).register_forward_pre_hook(RunCounter(bank, site).before)
         for path, (opens, inputs, exits) in ports.items():
@@ -163,6 +172,8 @@ class Attachment:
         shift = ShiftHook(bank, source)
         if any(shift.shifts.values()):
             source.trunk.register_forward_pre_hook(shift.before, with_kwargs=True)
+        # A compiled graph does not look whether hooks were added since, and would leave these out in silence.
+        torch.compiler.reset()
 
     def remove(self) -> None:
         """Take this bank's hooks off; the last one to go restores flags and the attention function."""
@@ -173,7 +184,7 @@ class Attachment:
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number, hook in list(hooks.items()):
                     owner = getattr(hook, "__self__", None)
-                    if isinstance(owner, (SiteHook, RunCounter, ShiftHook)) and owner.bank is self.bank:
+                    if isinstance(owner, HOOKS) and owner.bank is self.bank:
                         del hooks[number]
                         module._forward_pre_hooks_with_kwargs.pop(number, None)
                         module._forward_hooks_with_kwargs.pop(number, None)
@@ -252,7 +263,8 @@ def _configs(module: nn.Module) -> dict[str, Any]:
     return dict(found.values())
 
 
-def _refuse_compiled(module: nn.Module) -> None:
+def refuse_compiled(module: nn.Module) -> None:
+    """RoutingError for a network that is compiled, or has a part that is."""
     if any(type(part).__name__ == "OptimizedModule" or part._compiled_call_impl for part in module.modules()):
         raise RoutingError(
             "this backbone is compiled, and hooks added now would be ignored: adapt it first, then compile"
@@ -292,6 +304,8 @@ def check_fits(delta: Delta, source: Backbone, *, verify: bool = True) -> dict[s
                 f"{source.name!r} has {here.d_in}->{here.d_out}"
             )
         layer = delta.layers[address]
+        if isinstance(layer, Layer) and layer.needs == "weight-write":
+            refuse_unwritable(delta.name, source)
         if isinstance(layer, Layer) and layer.port == "kv" and here.heads is None:
             raise SiteError(f"{source.name!r} computes attention at {site.key!r} in a way that takes no prefix")
         bound[address] = here

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.sites import Site
-from deltatune.delta.call import Call, current
+from deltatune.delta.call import Call, current, outside
 from deltatune.delta.layer import KeyValueLayer
 from deltatune.errors import RoutingError, SiteError
 
@@ -41,6 +41,7 @@ def registered(implementation: str) -> str:
     return name
 
 
+@outside
 def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
     """Attention of a backbone that uses the fused kernel."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -48,6 +49,7 @@ def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Ten
     return _attend(sdpa_attention_forward, module, query, key, value, mask, **kwargs)
 
 
+@outside
 def eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
     """Attention of a backbone that uses plain products: its masks are never left out, so none means none."""
     call = current()
@@ -236,7 +238,7 @@ def _prefixes(call: Call, site: Site, key: Tensor) -> tuple[Tensor, Tensor, Tens
             ]
             pieces.append((run.start * times, run.stop * times, both[0], both[1]))
     rows = key.shape[0]
-    order = call.permutation(times)
+    order = call.permutation(times, key.device)
     lengths = {piece[2].shape[2] for piece in pieces}
     if len(rounds) == 1 and len(lengths) == 1 and sum(stop - start for start, stop, _, _ in pieces) == rows:
         keys, values = (torch.cat([piece[i] for piece in pieces]) for i in (2, 3))  # type: ignore[misc]

@@ -213,7 +213,7 @@ class Bank(nn.Module):
             part = part.unflatten(0, (call.rows, -1))
             x = x.unflatten(0, (call.rows, -1)) if x is not None else None
         times = call.expansion(part.shape[0], site.key)
-        order = call.permutation(times)
+        order = call.permutation(times, h.device)
         if order is not None:
             part = part[order[0]]
             x = x[order[0]] if x is not None else None
@@ -264,7 +264,7 @@ class Bank(nn.Module):
         layer, k = run.layers[0], len(run.layers)
         params = self.params(call, place, run, h.dtype)
         if x is not None and layer.reads_input:
-            x = x.to(h.dtype)
+            x = x.to(h)  # a span's entry may be on another device
             if layer.dropout and call.training:
                 x = dropped(call, run, place, layer.dropout, x)
         grid = call.packed.parts(run.start, run.stop, k) if call.packed is not None and k > 1 else None
@@ -311,21 +311,22 @@ def dropped(call: Call, run: Run, place: Place, rate: float, x: Tensor) -> Tenso
     draw, segment = call.draws[run.segments[0]], call.segments[run.segments[0]]
     assert segment.delta is not None
     number = [id(layer) for layer in call.bank.layers_at(place)[segment.delta]].index(id(run.layers[0]))
-    at, absent = _absent(call, run.segments[0], place)
+    at_end, absent = _absent(call, run.segments[0], place)
     rows, width = x.shape[0], x.shape[-1]
     length = x.numel() // (rows * width)
     # Positions come first, so that padding at the end of a row draws after them and moves nothing.
     random = torch.rand((length - absent, rows, width), generator=generator(draw.seed, draw.step, *place, number))
     keep = (random >= rate).transpose(0, 1)
     if absent:
+        at = length - absent if at_end else 0
         keep = torch.cat([keep[:, :at], keep.new_zeros(rows, absent, width), keep[:, at:]], dim=1)
     return x * (keep.reshape(x.shape) / (1 - rate)).to(x)
 
 
-def _absent(call: Call, segment: int, place: Place) -> tuple[int, int]:
-    """Where in this segment's rows stand positions that are there for its neighbours' prompts only, and how many."""
-    at, own = call.gathered.get("inserted", (0, None))
+def _absent(call: Call, segment: int, place: Place) -> tuple[bool, int]:
+    """How many positions of this segment's rows are there for its neighbours' prompts only, and whether at the end."""
+    at_end, own = call.gathered.get("inserted", (False, None))
     site = call.bank.sites[place[0]]
     if own is None or (site.stack == "decoder" and call.bank.two_stacks and site.name not in ("cross.k", "cross.v")):
-        return 0, 0
-    return at, max(own) - own[segment]
+        return False, 0
+    return at_end, max(own) - own[segment]

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,24 @@ if TYPE_CHECKING:
     from deltatune.delta.plan import Plan
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Swap = tuple[nn.Module, str, Tensor]  # a module, the name of its parameter, and what replaces it
+
+
+def outside(function: Function) -> Function:
+    """Keep a function out of the graphs that torch.compile makes.
+
+    What depends on the call is kept out: a graph would hold for one routing, and each new list of segments would
+    compile again. What lies between is compiled once for all routings.
+    """
+    kept: Function = torch.compiler.disable(function)
+    return kept
+
+
+def within(function: Function) -> Function:
+    """Keep a function itself out of such graphs, but not what it calls."""
+    kept: Function = torch.compiler.disable(function, recursive=False)
+    return kept
 
 
 @dataclass(frozen=True)
@@ -93,14 +110,15 @@ class Call:
         """Return where a row begins along dimension 0 of a tensor of rows repeated `times`, or of tokens."""
         return row * times if self.packed is None else self.packed.starts[row]
 
-    def permutation(self, times: int) -> tuple[Tensor, Tensor] | None:
+    def permutation(self, times: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Return (order, inverse) over rows repeated `times`, or None if the rows stand in order already."""
         if self.order is None:
             return None
-        if ("order", times) not in self.gathered:
-            order = (self.order[:, None] * times + torch.arange(times, device=self.order.device)).reshape(-1)
-            self.gathered["order", times] = (order, torch.argsort(order))
-        found: tuple[Tensor, Tensor] = self.gathered["order", times]
+        key = ("order", times, device)
+        if key not in self.gathered:
+            order = (self.order.to(device)[:, None] * times + torch.arange(times, device=device)).reshape(-1)
+            self.gathered[key] = (order, torch.argsort(order))
+        found: tuple[Tensor, Tensor] = self.gathered[key]
         return found
 
 
@@ -141,6 +159,7 @@ def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
 def recalling(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a checkpoint function so that recomputation happens inside the call of the first computation."""
 
+    @outside
     @functools.wraps(checkpoint)
     def wrapped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = current()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import ORDER, Site
+from deltatune.backbone.weights import device_of
 from deltatune.delta.layer import Layer
 from deltatune.delta.method import Method, Spec, members
 from deltatune.errors import SiteError, UnknownName, UserError
@@ -53,7 +54,14 @@ class Delta(nn.Module):
         delta.backbone_name, delta.fingerprint = backbone.name, backbone.fingerprint()
         for (member, site), (address, layer) in zip(sites, delta.layers.items(), strict=True):
             members(spec)[member].initialise(layer, site, backbone, generator(seed, address, "initialise"))  # type: ignore[arg-type]
-        return delta.to(backbone.device)
+        return delta.place(backbone)
+
+    def place(self, backbone: Backbone) -> Delta:
+        """Move each layer to the device that its site's module computes on, the head to the backbone's; return self."""
+        self.to(backbone.device)
+        for site, layer in self.at_sites():
+            layer.to(device_of(backbone.module.get_submodule(site.exit)) or backbone.device)
+        return self
 
     def at_sites(self) -> list[tuple[Site, Layer]]:
         """Return (site, layer) in the order in which they act at one place."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltatune.backbone.sites import Site
-from deltatune.delta.call import Call, current
+from deltatune.delta.call import Call, current, outside
 from deltatune.errors import SiteError
 
 PREFIX = "deltatune_"
@@ -44,6 +44,7 @@ def check_reachable(module: nn.Module, site: Site) -> None:
         )
 
 
+@outside
 def _experts(implementation: str, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     call = current()
     sites = call.bank.expert_sites.get(module, {}) if call is not None else {}

@@ -148,7 +148,7 @@ def load(folder: str | Path, backbone: Backbone | None = None, *, verify: bool =
         from deltatune.delta.attach import check_fits
 
         check_fits(delta, backbone, verify=verify)
-        delta.to(backbone.device)
+        delta.place(backbone)
     return delta
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deltatune.backbone.blocks import is_norm, linear_shape
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site
+from deltatune.backbone.weights import offloaded, quantised
 from deltatune.delta.attach import LEDGER, check_fits
 from deltatune.delta.delta import Delta
 from deltatune.delta.layer import Layer, WeightLayer, own_params
@@ -85,6 +86,16 @@ def merge(backbone: Backbone, delta: Delta, *, verify: bool = True) -> Merged:
 
 
 def _check(backbone: Backbone, delta: Delta, found: Sequence[tuple[Site, Layer]]) -> None:
+    form = quantised(backbone.module)
+    if form is not None:
+        raise SiteError(
+            f"{delta.name!r} cannot be merged: the weights of {backbone.name!r} are quantised ({form}), and rounding "
+            f"them again would lose the delta; merge into the backbone in a floating dtype, then quantise"
+        )
+    if offloaded(backbone.module):
+        raise SiteError(
+            f"{delta.name!r} cannot be merged: weights of {backbone.name!r} are offloaded; load it whole, then merge"
+        )
     stuck = next((site for site, layer in found if not layer.mergeable), None)
     if stuck is not None:
         raise SiteError(
@@ -111,8 +122,6 @@ def _check(backbone: Backbone, delta: Delta, found: Sequence[tuple[Site, Layer]]
                 f"{delta.name!r} cannot be merged: the weight at {site.key} is also {shared[0]}, which would change "
                 f"with it; leave the delta attached, or fit one without that site"
             )
-        if not module.get_parameter("weight").is_floating_point():
-            raise SiteError(f"the weight at {site.key} is quantised; merge into the backbone in a floating dtype")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """The call rewriter: put trained tokens into the input and take their positions out of the output again.
 
-BERT-likes get them after the first token, since their pooler reads position 0; all others at the front. Heads never see
-the added positions, so no index of theirs moves.
+BERT-likes get them after the first token, since their pooler reads position 0; all others before it. The first token is
+the first that is no padding. Tokens of one row stand together: sliding windows and relative positions count what lies
+between, so what a row lacks of its neighbours' tokens is put at its end or before its text. Heads never see the added
+positions, so no index of theirs moves.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone
-from deltatune.delta.call import Call
+from deltatune.delta.call import Call, outside
 from deltatune.delta.layer import TokenLayer
 from deltatune.errors import RoutingError
 
@@ -23,11 +25,22 @@ PER_TOKEN = ("logits", "last_hidden_state", "hidden_states")
 
 @dataclass(frozen=True)
 class Inserted:
-    """`number` positions stand before position `at` of each row."""
+    """`number` positions stand in each row: where, `layout` says, or before position `at` of every row.
+
+    layout [rows, tokens + number]: which of (the text's tokens, then the added ones) stands at a position.
+    """
 
     at: int
     number: int
+    layout: Tensor | None = None
 
+    def between(self, text: Tensor, added: Tensor) -> Tensor:
+        """Put `added` [rows, number, ...] among `text` [rows, tokens, ...]."""
+        if self.layout is None:
+            return torch.cat([text[:, : self.at], added, text[:, self.at :]], dim=1)
+        return _taken(torch.cat([text, added], dim=1), self.layout)
+
+    @outside
     def strip(self, output: Any, *, encoder_of_two: bool = False) -> Any:
         """Take the inserted positions out of a model output [rows, positions, ...].
 
@@ -43,9 +56,17 @@ class Inserted:
         return output
 
     def _cut(self, value: Tensor) -> Tensor:
-        return torch.cat([value[:, : self.at], value[:, self.at + self.number :]], dim=1)
+        if self.layout is None:
+            return torch.cat([value[:, : self.at], value[:, self.at + self.number :]], dim=1)
+        return _taken(value, self.layout.argsort(dim=1)[:, : -self.number])
 
 
+def _taken(values: Tensor, index: Tensor) -> Tensor:
+    """Rearrange values [rows, positions, ...] by index [rows, positions wanted]."""
+    return values.take_along_dim(index.reshape(*index.shape, *[1] * (values.ndim - 2)), dim=1)
+
+
+@outside
 def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generating: bool = False) -> Inserted | None:
     """Put the call's tokens into `inputs` (changed in place); None if no row has any.
 
@@ -65,8 +86,6 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
     if embeds is None:
         embeds = backbone.embeddings(ids)
     rows, length = embeds.shape[:2]
-    at = 1 if backbone.kind == "encoder" else 0
-    call.gathered["inserted"] = (at, own)
     number = added.shape[1]
     limit = backbone.positions
     if limit is not None and length + number > limit:
@@ -76,14 +95,20 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
     if mask.ndim != 2:
         raise RoutingError(f"a prompt needs an attention mask [rows, tokens], got shape {tuple(mask.shape)}")
 
-    def between(values: Tensor, middle: Tensor) -> Tensor:
-        return torch.cat([values[:, :at], middle, values[:, at:]], dim=1)
-
+    first = _first(mask)
+    after = backbone.kind == "encoder"
+    # An encoder counts its positions from the left and need not be told; generation goes on from the right.
+    to_end = backbone.kind != "decoder"
+    call.gathered["inserted"] = (to_end, own)
+    placed = _placed(first, seen, length, int(after), to_end=to_end and len(set(own)) > 1)
+    between = placed.between
     inputs["inputs_embeds"] = between(embeds, added.to(embeds))
     inputs["attention_mask"] = between(mask, seen.to(mask))
     if backbone.kind != "encoder-decoder":
         if not generating:
-            inputs["position_ids"] = _positions(backbone, ids, embeds, inputs.get("position_ids"), at, seen)
+            inputs["position_ids"] = _positions(
+                backbone, ids, embeds, inputs.get("position_ids"), first, after, seen, placed
+            )
         elif "position_ids" in inputs:
             raise RoutingError("a prompt sets position_ids itself during generation; leave them out")
         labels = inputs.get("labels")
@@ -91,8 +116,34 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
             inputs["labels"] = between(labels, labels.new_full((rows, number), -100))
     types = inputs.get("token_type_ids")
     if types is not None:
-        inputs["token_type_ids"] = between(types, types[:, :1].expand(rows, number))
-    return Inserted(at, number)
+        inputs["token_type_ids"] = between(types, types.gather(1, _column(first, types)).expand(rows, number))
+    return placed
+
+
+def _first(mask: Tensor) -> Tensor | None:
+    """Return where the first token of each row stands [rows, 1]; None if no row has padding before it."""
+    return None if bool(mask[:, 0].all()) else mask.bool().long().argmax(dim=1, keepdim=True)
+
+
+def _column(first: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros(len(like), 1, dtype=torch.long, device=like.device) if first is None else first
+
+
+def _placed(first: Tensor | None, seen: Tensor, length: int, skip: int, *, to_end: bool) -> Inserted:
+    """Work out where the tokens go: behind `skip` tokens from the first on.
+
+    What a row lacks of `seen` [rows, number] goes to its end (`to_end`) or before its own tokens.
+    """
+    number = seen.shape[1]
+    if first is None and not to_end:
+        return Inserted(skip, number)
+    start = _column(first, seen) + skip
+    column = torch.arange(length + number, device=seen.device).expand(len(seen), -1)
+    own = seen.sum(dim=1, keepdim=True) if to_end else number
+    added = length + number - own + column - start
+    # At the end `column - own` counts what is lacking: it stands first among the added.
+    layout = torch.where(column < start, column, torch.where(column < start + own, added, column - own))
+    return Inserted(skip, number, layout)
 
 
 def _tokens(call: Call, backbone: Backbone) -> tuple[Tensor, Tensor, list[int]] | None:
@@ -120,21 +171,29 @@ def _tokens(call: Call, backbone: Backbone) -> tuple[Tensor, Tensor, list[int]] 
         tokens = torch.cat(parts) if parts else torch.zeros(0, site.d_out, dtype=backbone.dtype, device=backbone.device)
         filled.append(nn.functional.pad(tokens, (0, 0, most - number, 0)))
     added = torch.stack(filled)
-    order = call.permutation(1)
+    order = call.permutation(1, added.device)
     starts = accumulate((segment.rows for segment in call.segments[:-1]), initial=0)
     own = [sum(len(t) for t in rows[start]) for start in starts]
     return (added[order[1]], seen[order[1]], own) if order else (added, seen, own)
 
 
 def _positions(
-    backbone: Backbone, ids: Tensor | None, embeds: Tensor, given: Tensor | None, at: int, seen: Tensor
+    backbone: Backbone,
+    ids: Tensor | None,
+    embeds: Tensor,
+    given: Tensor | None,
+    first: Tensor | None,
+    after: bool,
+    seen: Tensor,
+    placed: Inserted,
 ) -> Tensor:
     """Positions [rows, tokens + prompt]: what the backbone would use, moved by each row's own number of tokens."""
     base = own_positions(backbone, ids, embeds, given)
-    number = seen.sum(dim=1, keepdim=True)
-    start = base[:, at - 1 : at] + 1 if at else base[:, :1]
+    column = _column(first, base)
+    start = base.gather(1, column) + int(after)
     middle = start + (seen.long().cumsum(dim=1) - 1).clamp(min=0)
-    return torch.cat([base[:, :at], middle, base[:, at:] + number], dim=1)
+    behind = torch.arange(base.shape[1], device=base.device) >= column + int(after)
+    return placed.between(base + behind * seen.sum(dim=1, keepdim=True), middle)
 
 
 def own_positions(backbone: Backbone, ids: Tensor | None, like: Tensor, given: Tensor | None, start: int = 0) -> Tensor:

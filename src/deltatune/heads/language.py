@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone
+from deltatune.backbone.weights import read_weight
 from deltatune.data.task import INPUTS, Kind, Row, Task
 from deltatune.errors import TaskError
 from deltatune.heads.base import Batch, Example, TaskHead, cross_entropy, processor_of, row_weights, tokenise
@@ -189,7 +190,7 @@ class Verbalized(TaskHead):
         assert output is not None
         rows = torch.tensor(self.word_ids(backbone), device=hidden.device)
         bias = output.bias[rows] if getattr(output, "bias", None) is not None else None
-        return nn.functional.linear(states, output.weight[rows], bias).float()
+        return nn.functional.linear(states, read_weight(output, "weight")[rows], bias).float()
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
         target = torch.tensor([e.target for e in batch.examples], device=hidden.device)

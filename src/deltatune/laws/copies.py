@@ -88,6 +88,8 @@ def other_backbones_are_refused(subject: Subject) -> None:
         "one bias or norm element changed": _element_changed,
         "a token more": _widened,
     }
+    if len({site.exit for site in home.anatomy.sites if site.name == "block"}) < 2:
+        del wrong["half the blocks"]  # ALBERT's layers are one block
     for what, change in wrong.items():
         other = subject.fresh(torch.float32)
         change(other)

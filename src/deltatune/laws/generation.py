@@ -9,8 +9,7 @@ from torch import Tensor
 
 from deltatune.delta.adapted import Adapted
 from deltatune.errors import RoutingError
-from deltatune.laws.subject import Subject, agree, demand, made
-from deltatune.methods.addition.prefix import Prefix
+from deltatune.laws.subject import Subject, agree, demand, made, prefix
 from deltatune.methods.reparameterization.lora import LoRA
 
 MODES: dict[str, dict[str, Any]] = {
@@ -27,7 +26,7 @@ def generates_as_alone(subject: Subject) -> None:
     if subject.backbone.kind == "encoder":
         return
     backbone = subject.fresh()
-    specs = {"one": subject.spec, "two": subject.spec, "lora": LoRA(r=2), "prefix": Prefix(n=3)}
+    specs = {"one": subject.spec, "two": subject.spec, "lora": LoRA(r=2), "prefix": prefix(backbone, 3)}
     deltas = [made(spec, backbone, name, seed=seed) for seed, (name, spec) in enumerate(specs.items())]
     adapted = Adapted(backbone, deltas)
     rows = subject.rows(len(ROUTE), seed=4)

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from deltatune.delta.adapted import Adapted
-from deltatune.laws.subject import Subject, demand, made, score
-from deltatune.methods.addition.prefix import Prefix
+from deltatune.laws.subject import Subject, demand, made, prefix, score
 from deltatune.methods.addition.prompt import Prompt
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -69,7 +68,8 @@ def _in_order(subject: Subject, order: tuple[int, ...]) -> None:
     before = snapshot(backbone.module)
     specs = [subject.spec, subject.spec, Prompt(n=2)]
     banks = [
-        Adapted(backbone, [made(spec, backbone, "a"), made(Prefix(n=2), backbone, "b")]) for spec in specs[: len(order)]
+        Adapted(backbone, [made(spec, backbone, "a"), made(prefix(backbone, 2), backbone, "b")])
+        for spec in specs[: len(order)]
     ]
     for number in order:
         outputs = subject.run(banks[number], rows, "a")
@@ -101,8 +101,8 @@ def removal_restores_after(subject: Subject) -> None:
         def broken(*_: object) -> None:
             raise _Planted
 
-        last = [m for m in adapted.backbone.modules() if not list(m.children())][-1]
-        handle = last.register_forward_hook(broken)
+        last = [site.exit for site in subject.backbone.anatomy.sites if site.name == "block"][-1]
+        handle = adapted.backbone.get_submodule(last).register_forward_hook(broken)
         try:
             subject.run(adapted, rows, "a")
         except _Planted:
@@ -129,8 +129,9 @@ def removal_restores_after(subject: Subject) -> None:
     events: dict[str, Callable[[Adapted], None]] = {
         "an exception": fail,
         "training mode": train,
-        "checkpointing": checkpoint,
     }
+    if getattr(subject.backbone.module, "supports_gradient_checkpointing", False):
+        events["checkpointing"] = checkpoint
     if subject.backbone.kind != "encoder":
         events["generation"] = generate
     for when, event in events.items():

@@ -22,11 +22,11 @@ from deltatune.laws.subject import (
     demand,
     gradients,
     made,
+    prefix,
     same_bits,
     score,
 )
 from deltatune.methods.addition.adapter import Adapter
-from deltatune.methods.addition.prefix import Prefix
 from deltatune.methods.addition.prompt import Prompt
 from deltatune.methods.reparameterization.lora import LoRA
 
@@ -41,9 +41,9 @@ def company(subject: Subject, backbone: Backbone, dropout: float = 0.0) -> dict[
     specs: dict[str, Spec] = {
         "one": subject.spec,
         "two": subject.spec,
-        "lora": LoRA(r=2, dropout=dropout),
+        "lora": LoRA(r=2, at="attn.{v,o} ffn.{up,down}", dropout=dropout),
         "joined": joined,
-        "prefix": Prefix(n=3),
+        "prefix": prefix(backbone, 3),
         "prompt": Prompt(n=2),
     }
     return {name: made(spec, backbone, name, seed=seed) for seed, (name, spec) in enumerate(specs.items())}

@@ -17,6 +17,8 @@ from deltatune.delta.call import Call, Draw
 from deltatune.delta.delta import Delta, generator
 from deltatune.delta.method import Spec
 from deltatune.errors import DeltatuneError
+from deltatune.methods.addition.prefix import Prefix
+from deltatune.methods.specification.bitfit import BitFit
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 TARGET_LENGTH = 5  # decoder tokens of an encoder-decoder
@@ -37,11 +39,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Subject:
-    """A spec on a backbone. The backbone is never touched: every law works on copies of it."""
+    """A spec on a backbone. The backbone is never touched: every law works on copies of it.
+
+    With `length`, all rows have that many tokens: for backbones whose own outputs depend on the padding of a row.
+    """
 
     spec: Spec
     backbone: Backbone
     name: str = field(default="", compare=False)
+    length: int | None = None
 
     def fresh(self, dtype: torch.dtype = torch.float64) -> Backbone:
         """A copy of the backbone in a dtype, in evaluation mode."""
@@ -64,7 +70,7 @@ class Subject:
         made = []
         for row in range(number):
             draw = generator(seed, "row", row)
-            size = length or int(torch.randint(3, 10, (1,), generator=draw))
+            size = length or self.length or int(torch.randint(3, 10, (1,), generator=draw))
             low = min(5, self.vocabulary - 1)
             made.append(
                 Row(
@@ -126,6 +132,12 @@ def moved(delta: Delta, seed: int = 1, size: float = 0.2) -> Delta:
             noise = torch.randn(parameter.shape, generator=generator(seed, name), dtype=torch.float64)
             parameter.add_(size * noise.to(parameter))
     return delta
+
+
+def prefix(backbone: Backbone, n: int) -> Spec:
+    """A prefix to share a batch with; biases where the backbone's attention takes none."""
+    attends = any(site.heads for site in backbone.anatomy.sites)
+    return Prefix(n=n) if attends else BitFit(at="ffn.{up,down}")
 
 
 def made(spec: Spec, backbone: Backbone, name: str = "subject", *, seed: int = 0, move: bool = True) -> Delta:

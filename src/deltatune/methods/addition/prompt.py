@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site
+from deltatune.backbone.weights import read_weight
 from deltatune.delta.layer import Layer, Params, TokenLayer, constant
 from deltatune.delta.method import Family, Method
 
@@ -34,7 +35,7 @@ class Prompt(Method):
         return PromptLayer(site, self.n)
 
     def initialise(self, layer: Layer, site: Site, backbone: Backbone, generator: torch.Generator) -> None:
-        table = backbone.embeddings.weight
+        table = read_weight(backbone.embeddings, "weight")
         rows = torch.randint(len(table), (self.n,), generator=generator)
         with torch.no_grad():
             layer.get_parameter("prompt").copy_(table[rows.to(table.device)])

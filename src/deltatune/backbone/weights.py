@@ -1,0 +1,72 @@
+"""Read a weight, wherever it lies and in whatever form: plain, quantised, offloaded by accelerate."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.errors import BackboneError
+
+BITSANDBYTES = ("Params4bit", "Int8Params")
+
+
+def scheme(parameter: Tensor) -> str | None:
+    """Name the form of a quantised weight (`Int8Tensor`, `Params4bit`, ...); None for a plain one."""
+    kind = type(parameter)
+    # Every torch.Tensor has a `dequantize`; torchao's kinds of tensor bring one of their own.
+    own = kind.dequantize is not Tensor.dequantize
+    return kind.__name__ if own or kind.__name__ in BITSANDBYTES else None
+
+
+def quantised(model: nn.Module) -> str | None:
+    """Name the form of a model's first quantised weight; None if it has none."""
+    return next((name for name in map(scheme, model.parameters()) if name), None)
+
+
+def offloaded(model: nn.Module) -> bool:
+    """Say whether accelerate keeps weights of this model elsewhere and brings them in for each forward."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def read_weight(model: nn.Module, path: str) -> Tensor:
+    """Return a parameter's values as a plain tensor of a floating dtype, detached.
+
+    A quantised weight is dequantised, an offloaded one is brought in; a plain one is not copied. BackboneError for a
+    weight without values.
+    """
+    owner, _, name = path.rpartition(".")
+    module: Any = model.get_submodule(owner)
+    with _brought_in(module):
+        parameter = module._parameters[name]
+        if parameter.is_meta:
+            raise BackboneError(
+                f"the weight {path!r} was never loaded (it is on the meta device); load the backbone whole"
+            )
+        kind = scheme(parameter)
+        if kind is None:
+            return parameter.detach()
+        if kind in BITSANDBYTES:
+            from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+            return dequantize_bnb_weight(parameter, getattr(module, "state", None)).detach()
+        return parameter.detach().dequantize()
+
+
+def _brought_in(module: nn.Module) -> Any:
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Return the device that a module computes on; None if it has no weights and accelerate has not placed it."""
+    hook = getattr(module, "_hf_hook", None)
+    placed = getattr(hook, "execution_device", None)
+    if placed is not None:
+        return torch.device(f"cuda:{placed}" if isinstance(placed, int) else placed)
+    return next((p.device for p in module.parameters() if not p.is_meta), None)
