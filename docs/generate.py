@@ -5,10 +5,12 @@ Run as: .venv/bin/python docs/generate.py [--check] [--quickstart]
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from deltatune.backbone.load import load
 from deltatune.delta.catalogue import catalogue
@@ -17,6 +19,7 @@ from deltatune.studies.verbs import Runs, tune
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "quickstart.txt"
+SILENT = ROOT / "docs" / "silent_dozen.json"
 
 
 def methods_table() -> str:
@@ -48,7 +51,34 @@ def versions_line(runs: Runs) -> str:
     return ", ".join(f"{name} {version}" for name, version in runs.results[0]["versions"].items())
 
 
-BLOCKS = {"methods": methods_table, "quickstart": quickstart}
+def silent_dozen() -> str:
+    """The calls that benchmarks/silent_dozen.py measured, both sides."""
+    stored = json.loads(SILENT.read_text())
+    parts = [
+        f"`{library}`: {', '.join(f'{name} {number}' for name, number in versions.items())}."
+        for library, versions in stored["versions"].items()
+    ]
+    for number, case in enumerate(stored["cases"], 1):
+        parts.append(
+            f"### {number}. {case['library']}: {case['call']}\n\n"
+            f"Expected: {case['expected']}. Right is: {case['right']}.\n\n"
+            f"- {case['library']}: {_side(case['theirs'])}. {case['note']}\n"
+            f"- deltatune: {_side(case['ours'])}."
+        )
+    return "\n\n".join(parts)
+
+
+def _side(side: dict[str, Any]) -> str:
+    """One side of a case in words."""
+    if side["refused"]:
+        return f"**refused**: \u201c{side['refused'].rstrip('.')}\u201d"
+    aloud = f", with {side['warned']} warnings" if side["warned"] else ""
+    silent = ", and no warning" if side["verdict"] == "wrong" else ""
+    moved = f"off where the delta moves the output by {side['scale']:.2g}"
+    return f"**{side['verdict']}**, {side['off']:.2g} {moved}{aloud}{silent}"
+
+
+BLOCKS = {"methods": methods_table, "quickstart": quickstart, "silent_dozen": silent_dozen}
 
 
 def fill(text: str) -> str:
@@ -63,7 +93,7 @@ def fill(text: str) -> str:
 def main() -> int:
     """Write the pages, or with --check say which are out of date."""
     stale = []
-    for page in (ROOT / "README.md",):
+    for page in (ROOT / "README.md", ROOT / "docs" / "silent-dozen.md"):
         old = page.read_text()
         new = fill(old)
         if new != old:
