@@ -31,6 +31,7 @@ _LAZY: dict[str, str] = {
     "lerp": "deltatune.delta.algebra",
     "load": "deltatune.backbone.load",
     "merge": "deltatune.delta.merge",
+    "optimizer_groups": "deltatune.training.groups",
     "parse": "deltatune.compose.expression",
     "soup": "deltatune.delta.algebra",
     "task": "deltatune.data.load",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from deltatune.studies.verbs import fit as fit
     from deltatune.studies.verbs import fit_many as fit_many
     from deltatune.studies.verbs import tune as tune
+    from deltatune.training.groups import optimizer_groups as optimizer_groups
 
 __all__ = ["__version__", *_LAZY]
 

@@ -28,6 +28,7 @@ SURFACE = [
     "lerp",
     "load",
     "merge",
+    "optimizer_groups",
     "parse",
     "soup",
     "task",

@@ -12,6 +12,7 @@ from torch import nn
 from deltatune.backbone.anatomy import Anatomy, find_anatomy
 from deltatune.backbone.embedded import EMBEDDED, locate
 from deltatune.backbone.fingerprint import fingerprint
+from deltatune.backbone.html import facts
 from deltatune.backbone.weights import device_of
 from deltatune.errors import BackboneError, nearest
 
@@ -68,6 +69,17 @@ class Backbone:
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(p.numel() for p in self.module.parameters())
+
+    def _repr_html_(self) -> str:
+        names = list(dict.fromkeys(site.name for site in self.anatomy.sites))
+        return facts(
+            self.name,
+            {
+                "network": f"{type(self.module).__name__}, {self.kind}",
+                "parameters": f"{sum(p.numel() for p in self.module.parameters()):,}, {self.dtype}",
+                "sites": " ".join(names),
+            },
+        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,6 +14,7 @@ from deltatune.cli.options import (
     Columns,
     Limit,
     MaxRows,
+    Track,
     class_weights_of,
     columns_of,
     task_names,
@@ -41,7 +42,10 @@ def fit(
     delta: Annotated[
         list[str],
         typer.Option(
-            "--delta", metavar="DELTA...", show_default=False, help='Such as lora or "adapter(m=16) | bitfit".'
+            "--delta",
+            metavar="DELTA...",
+            show_default=False,
+            help='Such as lora or "adapter(m=16) | bitfit"; the folder of a saved delta: goes on from there.',
         ),
     ],
     backbone: BackboneName = "minilm",
@@ -66,6 +70,7 @@ def fit(
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"] | None, typer.Option("--precision", help="Of the backbone.")
     ] = None,
+    track: Track = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate memory and time, and train nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -75,21 +80,19 @@ def fit(
     same command is given again.
     """
     from deltatune.backbone.load import load
-    from deltatune.compose.expression import parse
     from deltatune.data.load import load_task
-    from deltatune.studies.verbs import check_out, run_plans
-    from deltatune.training.job import Plan
+    from deltatune.studies.trackers import tracking
+    from deltatune.studies.verbs import check_out, plans_of, run_plans
 
     settings = settings_from(
         lr=lr, steps=steps, epochs=epochs, batch=batch, max_length=max_length, patience=patience, precision=precision,
         class_weights=class_weights_of(class_weights),
     )  # fmt: skip
-    specs = [(text, parse(text)) for text in delta]
     if out is not None and not dry_run:
         check_out(out)
     tasks = [load_task(one, columns=columns_of(columns), limit=limit, max_rows=max_rows) for one in task]
-    plans = [Plan(spec, one, seed, settings, text) for one in tasks for text, spec in specs for seed in range(seeds)]
-    with watched(command_of(context), out) as (listener, announce):
+    plans = [plan for one in tasks for text in delta for plan in plans_of(text, one, range(seeds), settings)]
+    with watched(command_of(context), out) as (shown, announce), tracking(track, shown) as listener:
         runs = run_plans(
             load(backbone), plans, out=out, listener=listener, announce=announce, dry_run=dry_run,
             command=command_of(context),

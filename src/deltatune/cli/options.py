@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -92,6 +92,12 @@ def class_weights_of(text: str | None) -> str | dict[str, float] | None:
         if not sign:
             raise UserError(f"--class-weights {text!r}: got {part!r}, expected LABEL=WEIGHT,... such as spam=5,ham=1")
     return found
+
+
+Track = Annotated[
+    Literal["tensorboard", "mlflow", "wandb"] | None,
+    typer.Option("--track", help="Log every training as a run of its own there."),
+]
 
 
 def columns_of(text: str | None) -> dict[str, str]:

@@ -14,6 +14,7 @@ from deltatune.cli.options import (
     Columns,
     Limit,
     MaxRows,
+    Track,
     class_weights_of,
     columns_of,
     task_names,
@@ -58,6 +59,7 @@ def tune(
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"] | None, typer.Option("--precision", help="Of the backbone.")
     ] = None,
+    track: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the delta to take: candidates train side by side, the best on dev go on, test is looked at once.
@@ -79,6 +81,6 @@ def tune(
     with watched(command_of(context), out) as (listener, announce):
         runs = find(
             backbone, loaded, budget=budget, max_params=max_params, seeds=seeds, seed=seed, out=out, listener=listener,
-            announce=announce, command=command_of(context), **settings.record(),
+            announce=announce, track=track, command=command_of(context), **settings.record(),
         )  # fmt: skip
     say(runs.json(), as_json, *finished(runs))

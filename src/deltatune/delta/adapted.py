@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltatune.backbone.html import grid
 from deltatune.backbone.load import Backbone, load
 from deltatune.delta.attach import Attachment, check_fits, new_weights, refuse_compiled
 from deltatune.delta.bank import Bank
@@ -329,6 +330,10 @@ class Adapted(nn.Module):
             if name in ("backbone", "bank", "source"):
                 raise
             return getattr(self.backbone, name)
+
+    def _repr_html_(self) -> str:
+        held = [(delta.name, delta.spec, f"{delta.trainable():,}") for delta in self._held()]
+        return f"{self.source._repr_html_()}{grid(['attached', 'delta', 'parameters'], held)}"
 
     def __enter__(self) -> Adapted:
         return self

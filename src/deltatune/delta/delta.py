@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltatune.backbone.html import facts
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import ORDER, Site
 from deltatune.backbone.weights import device_of
@@ -140,6 +141,26 @@ class Delta(nn.Module):
         sites = sorted({site.name for site in self.sites.values()}, key=ORDER.__getitem__)
         head = f", head {type(self.head).__name__}" if self.head is not None else ""
         return f"Delta({self.name!r}, {self.trainable():,} parameters at {' '.join(sites) or 'no site'}{head})"
+
+    def _repr_html_(self) -> str:
+        task = self.record.get("task", {})
+        names = dict.fromkeys(site.name for site in self.sites.values())
+        scores = {
+            f"{split} {name}": f"{x:.3f}"
+            for split, own in self.record.get("metrics", {}).items()
+            for name, x in own.items()
+        }
+        return facts(
+            self.name,
+            {
+                "delta": self.spec,
+                "parameters": f"{self.trainable():,} at {' '.join(names)}",
+                "backbone": self.backbone_name,
+                "head": type(self.head).__name__ if self.head is not None else None,
+                "task": task.get("name"),
+                **scores,
+            },
+        )
 
 
 def _check_port(layer: Layer, site: Site, method: str) -> None:

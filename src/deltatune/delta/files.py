@@ -152,6 +152,14 @@ def load(folder: str | Path, backbone: Backbone | None = None, *, verify: bool =
     return delta
 
 
+def is_saved(folder: str | Path) -> bool:
+    """Say whether a folder holds a saved delta."""
+    try:
+        return (Path(folder) / MANIFEST).is_file()
+    except OSError:  # no name of a file, such as one that is too long
+        return False
+
+
 def is_peft(folder: Path) -> bool:
     """Say whether a folder is PEFT's and not ours."""
     return (folder / PEFT_CONFIG).is_file() and not (folder / MANIFEST).is_file()

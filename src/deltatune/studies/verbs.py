@@ -15,13 +15,16 @@ from torch import nn
 from deltatune.backbone.load import Backbone, load
 from deltatune.compose.expression import parse
 from deltatune.data.load import Source, load_task
+from deltatune.data.task import Task
 from deltatune.delta.delta import Delta
+from deltatune.delta.files import is_saved
 from deltatune.delta.method import Spec
 from deltatune.errors import OutputError, UserError
 from deltatune.studies.report import write_report
 from deltatune.studies.result import build_result, label_of, planned_label
 from deltatune.studies.schema import SCHEMA
 from deltatune.studies.table import summary_table
+from deltatune.studies.trackers import Tracker, tracking
 from deltatune.training.budget import Budget
 from deltatune.training.engine import Listener
 from deltatune.training.estimate import Estimate
@@ -102,34 +105,56 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
 
 def fit(
     model: Backbone | nn.Module | str,
-    delta: Spec | str,
+    delta: Spec | Delta | str,
     task: Source,
     *,
     seeds: int | Sequence[int] = 1,
     out: str | Path | None = None,
+    track: Tracker | None = None,
     **settings: Any,
 ) -> Runs:
     """Fit one delta to one task from some seeds and print mean ± interval.
 
-    `settings` are the fields of `Settings`. UserError for a setting, task or delta that does not fit.
+    `delta` is a spec, or a saved delta (or its folder) that is trained on from where it is. `track` logs every training
+    as a run of its own: "tensorboard", "mlflow" or "wandb". `settings` are the fields of `Settings`. UserError for a
+    setting, task or delta that does not fit.
     """
-    return fit_many(model, [(delta, task)], seeds=seeds, out=out, **settings)
+    return fit_many(model, [(delta, task)], seeds=seeds, out=out, track=track, **settings)
 
 
 def fit_many(
     model: Backbone | nn.Module | str,
-    pairs: Sequence[tuple[Spec | str, Source]],
+    pairs: Sequence[tuple[Spec | Delta | str, Source]],
     *,
     seeds: int | Sequence[int] = 1,
     out: str | Path | None = None,
+    track: Tracker | None = None,
     **settings: Any,
 ) -> Runs:
-    """Fit many (delta, task) pairs together, each from every seed, and print what came out."""
-    labelled = [(str(d), parse(d) if isinstance(d, str) else d, load_task(t)) for d, t in pairs]
-    plans = [Plan(s, t, seed, make_settings(**settings), label) for label, s, t in labelled for seed in _seeds(seeds)]
-    runs = run_plans(load(model), plans, out=Path(out) if out else None, command="dt.fit_many(...)")
+    """Fit many (delta, task) pairs together, each from every seed, and print what came out. See `fit`."""
+    place, made = Path(out) if out else None, make_settings(**settings)
+    tasks = [load_task(task) for _, task in pairs]
+    plans = [
+        plan
+        for (delta, _), task in zip(pairs, tasks, strict=True)
+        for plan in plans_of(delta, task, _seeds(seeds), made)
+    ]
+    with tracking(track) as listener:
+        runs = run_plans(load(model), plans, out=place, listener=listener, command="dt.fit_many(...)")
     print(runs)  # noqa: T201 (the notebook's and the script's answer)
     return runs
+
+
+def plans_of(delta: Spec | Delta | str, task: Task, seeds: Sequence[int], settings: Settings) -> list[Plan]:
+    """Return a plan for each seed of a spec, an expression, or a saved delta or its folder, to go on from there."""
+    label, start = str(delta), delta if isinstance(delta, Delta) else None
+    if isinstance(delta, str) and is_saved(delta):
+        start = Delta.load(delta)
+    elif isinstance(delta, Delta):
+        label = f"{delta.spec} from {delta.name}"
+    spec = start.spec if start is not None else parse(delta) if isinstance(delta, str) else delta
+    assert not isinstance(spec, Delta)
+    return [Plan(spec, task, seed, settings, label, start) for seed in seeds]
 
 
 def make_settings(**fields: Any) -> Settings:
@@ -267,30 +292,32 @@ def tune(
     out: str | Path | None = None,
     listener: Listener | None = None,
     announce: Announce | None = None,
+    track: Tracker | None = None,
     command: str = "dt.tune(...)",
     **settings: Any,
 ) -> Runs:
     """Find the delta to take for a task within a budget (`"10m"`, or `"2000steps"`: then deterministic for a seed).
 
     Candidates train together and are halved on dev; test is looked at once. With `out`, the chosen delta is saved there
-    with `result.json` and `report.html`, and a stopped search is resumed.
+    with `result.json` and `report.html`, and a stopped search is resumed. `track` as in `fit`.
     """
     place = Path(out) if out else None
     if place:
         check_out(place)
     backbone, loaded = load(model), load_task(task)
-    tuned = run_tune(
-        backbone,
-        loaded,
-        Budget.parse(budget),
-        settings=make_settings(**settings),
-        max_params=max_params,
-        seeds=seeds,
-        seed=seed,
-        folder=place,
-        listener=listener,
-        announce=announce,
-    )
+    with tracking(track, listener) as heard:
+        tuned = run_tune(
+            backbone,
+            loaded,
+            Budget.parse(budget),
+            settings=make_settings(**settings),
+            max_params=max_params,
+            seeds=seeds,
+            seed=seed,
+            folder=place,
+            listener=heard,
+            announce=announce,
+        )
     draft = build_result(backbone, loaded, tuned.trained, command=command, tuned=tuned)
     best = best_of(tuned.trained, draft)
     saved = {best.plan.name: str(place)} if place else {}

@@ -33,7 +33,7 @@ def identity(plans: Sequence[Plan], backbone: Backbone) -> str:
         "backbone": {name: value for name, value in backbone.fingerprint().items() if name != "sketch"},
         "threads": torch.get_num_threads(),
         "plans": [
-            [spec_record(p.spec), p.task.fingerprint, *_worded(p.task), p.seed, p.settings.record(), p.label]
+            [spec_record(p.spec), p.task.fingerprint, *_worded(p.task), p.seed, p.settings.record(), p.label, _begun(p)]
             for p in plans
         ],
     }
@@ -43,6 +43,16 @@ def identity(plans: Sequence[Plan], backbone: Backbone) -> str:
 def _worded(task: Task) -> tuple[Any, ...]:
     """What decides the result and is not in a task's fingerprint."""
     return task.metric, task.template, dict(task.verbalizer) if task.verbalizer else None
+
+
+def _begun(plan: Plan) -> str | None:
+    """Digest of the tensors that a training goes on from."""
+    if plan.start is None:
+        return None
+    digest = hashlib.sha256()
+    for name, value in plan.start.tensors().items():
+        digest.update(name.encode() + value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write(folder: Path, jobs: Sequence[Job], identity: str, extra: dict[str, Any] | None = None) -> None:

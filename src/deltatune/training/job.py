@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,28 +13,34 @@ from torch import Tensor
 
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import Task
+from deltatune.delta.attach import check_fits
 from deltatune.delta.delta import Delta, generator
 from deltatune.delta.method import Spec, members
 from deltatune.heads.base import Batch, Example, TaskHead, collate
 from deltatune.heads.choose import head_for
+from deltatune.heads.labelled import Labelled
+from deltatune.training.groups import optimizer_groups
 from deltatune.training.probe import probe
 from deltatune.training.settings import Settings, rate
 from deltatune.training.states import Probe
 from deltatune.training.weights import class_weights
 
 State = Literal["waiting", "running", "done", "stopped", "nan"]
-HEAD_LR = 2e-3
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be trained: a spec on a task from a seed. `label` is what people call the spec."""
+    """What is to be trained: a spec on a task from a seed. `label` is what people call the spec.
+
+    With `start`, a delta of the same spec, training goes on from its tensors.
+    """
 
     spec: Spec
     task: Task
     seed: int
     settings: Settings
     label: str = ""
+    start: Delta | None = None
 
     @property
     def name(self) -> str:
@@ -161,8 +168,10 @@ def make_jobs(
     jobs: list[Job] = []
     for plan in plans:
         delta = Delta.build(plan.spec, origin, seed=plan.seed, name=plan.name)
-        head = head_for(plan.task, origin, plan.seed)
-        delta.head = head
+        head = delta.head = head_for(plan.task, origin, plan.seed)
+        known = plan.start is not None and go_on(delta, plan.start, plan.task, origin)
+        if known and isinstance(delta.head, TaskHead):
+            head = delta.head
         if plan.settings.class_weights is not None:
             weights = class_weights(plan.task, plan.settings.class_weights)
             head.class_weights = tuple(weights[label] for label in head.labels)
@@ -171,7 +180,7 @@ def make_jobs(
         if key not in made.encoded:
             made.encoded[key] = head.encode(plan.task.train, backbone, limit)
         rows = made.encoded[key]
-        if plan.settings.probe:
+        if plan.settings.probe and not known:
             if key not in made.starts:
                 made.starts[key] = probe(head, rows, head.encode(plan.task.dev, backbone, limit), backbone)
             start = made.starts[key]
@@ -180,8 +189,27 @@ def make_jobs(
         delta.to(backbone.device)
         # What has no parameters (a language model that answers by itself) is looked at once.
         steps = plan.settings.total_steps(len(rows)) if list(delta.parameters()) else 1
-        jobs.append(Job(plan, delta, head, rows, optimiser(plan, delta, head), steps))
+        jobs.append(Job(plan, delta, head, rows, optimiser(plan, delta), steps))
     return jobs
+
+
+def go_on(delta: Delta, start: Delta, task: Task, backbone: Backbone) -> bool:
+    """Copy a trained delta's tensors, and its head if that answers the same question; say whether it does.
+
+    Labels that a head does not know are added to it. BackboneMismatch if it was trained on another backbone.
+    """
+    check_fits(start, backbone)
+    delta.layers.load_state_dict(start.layers.state_dict())
+    fresh, head = delta.head, start.head
+    if isinstance(head, Labelled) and type(head) is type(fresh) and {*head.labels} <= {*task.labels}:
+        delta.head = copy.deepcopy(head).with_labels(task.labels)
+        return True
+    if isinstance(head, TaskHead) and isinstance(fresh, TaskHead) and type(head) is type(fresh):
+        same = head.arguments == fresh.arguments
+        if same:
+            fresh.load_state_dict(head.state_dict())
+        return same
+    return False
 
 
 def room(spec: Spec, backbone: Backbone) -> int:
@@ -194,16 +222,10 @@ def prompt_tokens(spec: Spec) -> int:
     return sum(getattr(method, "n", 0) for method in members(spec) if method.at == "embed")
 
 
-def optimiser(plan: Plan, delta: Delta, head: TaskHead) -> torch.optim.Optimizer:
+def optimiser(plan: Plan, delta: Delta) -> torch.optim.Optimizer:
     """AdamW with a group for the delta and one for the head, which keeps its own rate whatever the delta's is."""
-    head_lr = plan.settings.head_lr if plan.settings.head_lr is not None else HEAD_LR
-    if not len(delta.layers):
-        head_lr = plan.lr
-    groups = [
-        {"params": list(delta.layers.parameters()), "base_lr": plan.lr, "weight_decay": plan.settings.weight_decay},
-        {"params": list(head.parameters()), "base_lr": head_lr, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    made = optimizer_groups(delta, lr=plan.lr, head_lr=plan.settings.head_lr, weight_decay=plan.settings.weight_decay)
+    groups = [{**group, "base_lr": group["lr"]} for group in made]
     if not groups:  # torch refuses an optimiser of nothing
         groups = [{"params": [torch.nn.Parameter(torch.zeros(0))], "base_lr": plan.lr}]
     return torch.optim.AdamW(groups, lr=1.0, fused=True)
