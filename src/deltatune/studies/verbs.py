@@ -7,11 +7,13 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from deltatune.backbone.html import grid
 from deltatune.backbone.load import Backbone, load
 from deltatune.compose.expression import parse
 from deltatune.data.load import Source, load_task
@@ -74,15 +76,12 @@ class Runs:
         return "\n".join(result["sentence"] for result in self.results) or "a dry run"
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        rows = "".join(
-            f"<tr><td>{escape(row['delta'])}</td><td>{row['trainable']:,}</td><td>{_percent(row['dev'])}</td>"
-            f"<td>{_percent(row.get('test'))}</td></tr>"
+        rows = [
+            (row["delta"], f"{row['trainable']:,}", _percent(row["dev"]), _percent(row.get("test")))
             for result in self.results
             for row in result["summary"]
-        )
-        return f"<p>{escape(repr(self))}</p><table><tr><th>delta<th>parameters<th>dev<th>test</tr>{rows}</table>"
+        ]
+        return f"<p>{escape(repr(self))}</p>{grid(['delta', 'parameters', 'dev', 'test'], rows)}"
 
 
 def _percent(interval: dict[str, float | None] | None) -> str:
