@@ -69,6 +69,8 @@ CHUNKED = {"codegen": (4, "qvk")}
 
 # Decoders that flatten rows and tokens for the feed-forward and its norm.
 FLATTENED = ("opt",)
+# Networks whose `inputs_embeds` stand behind the whole embedding layer, positions included.
+EMBEDDED = ("esm",)
 # Attention that hands its weights to one function of torch, so that its projections never run as modules.
 BYPASSED = ("wavlm",)
 
