@@ -28,7 +28,7 @@ EXPERTS = GROUPED | dict(moe_intermediate_size=24, num_experts=4, num_local_expe
 TWO: dict[str, Any] = dict(
     vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
     decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
-    decoder_start_token_id=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    decoder_start_token_id=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, forced_eos_token_id=None,
 )  # fmt: skip
 T5: dict[str, Any] = dict(
     vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,

@@ -20,7 +20,7 @@ from deltatune.delta.delta import Delta
 from deltatune.errors import RoutingError, SiteError
 from deltatune.laws import LAWS, Subject
 from deltatune.laws.families import FAMILIES as UNDER_ALL_LAWS
-from deltatune.laws.subject import alone_only
+from deltatune.laws.subject import alone_only, takes_prefix
 
 # Each row alone or padded, their own outputs differ, with no delta anywhere: rows of one length there.
 PADDING_MATTERS = ("convbert", "nystromformer", "yoso")
@@ -28,6 +28,8 @@ PADDING_MATTERS = ("convbert", "nystromformer", "yoso")
 AT_OTHER_PADDING = ("many_is_alone", "padding_left_out_changes_nothing", "trained_together_is_trained_alone")
 # Attention computes in float32, whatever the weights are; XGLM's mask has a number that float64 turns into infinity.
 SINGLE = ("bloom", "codegen", "gemma2", "gpt_neo", "gptj", "longt5", "mpt", "splinter", "xglm")
+# Adam makes full steps of what rounding leaves of a gradient that is zero, as that of a bias of keys: float64 only.
+OF_ROUNDING = ("trained_together_is_trained_alone",)
 READ_TEXT = tuple(f for f in ALL if kind(f) in ("text", "causal", "seq2seq") and f not in UNDER_ALL_LAWS)
 # Laws in which several deltas have rows of one call.
 MIXED = {law for law, method, _ in exemptions() if method == "full"}
@@ -41,7 +43,7 @@ def backbone(family: str) -> Backbone:
 @cache
 def stands(method: str, family: str) -> bool:
     """Whether the method has a place: a prefix has none where attention asks transformers for nothing."""
-    return "prefix" not in method or any(site.heads for site in backbone(family).anatomy.sites)
+    return "prefix" not in method or takes_prefix(backbone(family))
 
 
 @cache
@@ -53,7 +55,7 @@ def cases() -> list[object]:
     found = []
     for number, family in enumerate(READ_TEXT):
         for place, law in enumerate(LAWS):
-            if family in PADDING_MATTERS and law in AT_OTHER_PADDING:
+            if (family in PADDING_MATTERS and law in AT_OTHER_PADDING) or (family in SINGLE and law in OF_ROUNDING):
                 continue
             for index, method in enumerate(METHODS):
                 marks = () if index == (number + place) % len(METHODS) else pytest.mark.slow

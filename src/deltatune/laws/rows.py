@@ -142,7 +142,10 @@ def trained_together_is_trained_alone(subject: Subject, steps: int = 50) -> None
 
 
 def _optimiser(delta: Delta) -> torch.optim.Optimizer | None:
-    return torch.optim.AdamW(delta.parameters(), lr=2e-3, weight_decay=0.01) if delta.trainable() else None
+    if not delta.trainable():
+        return None
+    # At the default of 1e-8 Adam makes steps of 1e-9 of what rounding leaves of a gradient near zero.
+    return torch.optim.AdamW(delta.parameters(), lr=2e-3, weight_decay=0.01, eps=1e-6)
 
 
 def _advance(loss: torch.Tensor, optimisers: Sequence[torch.optim.Optimizer | None]) -> None:

@@ -136,10 +136,15 @@ def moved(delta: Delta, seed: int = 1, size: float = 0.2) -> Delta:
     return delta
 
 
+def takes_prefix(backbone: Backbone) -> bool:
+    """Whether all attention comes through ours; LongT5's encoder, for one, asks transformers for no function."""
+    found = [site.heads for site in backbone.anatomy.sites if site.name in ("attn", "cross")]
+    return bool(found) and all(found)
+
+
 def prefix(backbone: Backbone, n: int) -> Spec:
     """A prefix to share a batch with; biases where the backbone's attention takes none."""
-    attends = any(site.heads for site in backbone.anatomy.sites)
-    return Prefix(n=n) if attends else BitFit(at="ffn.{up,down}")
+    return Prefix(n=n) if takes_prefix(backbone) else BitFit(at="ffn.{up,down}")
 
 
 def made(spec: Spec, backbone: Backbone, name: str = "subject", *, seed: int = 0, move: bool = True) -> Delta:
