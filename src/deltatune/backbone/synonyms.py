@@ -59,6 +59,8 @@ PATCHES = re.compile(r"(^|\.)(embeddings|feature_projection)$")
 TOWERS = {"text_model": "text", "vision_model": "vision"}
 # Parameters outside the blocks that do not shape the hidden states.
 BESIDE = re.compile(r"(^|\.)(pooler|head|lm_head|classifier|\w+_head)(\.|$)")
+# Classes of tables that are computed and never learn, though they are kept as parameters.
+COMPUTED = re.compile(r"Sinusoidal")
 
 # Data rows, by model type. Decoders that say so on no module:
 CAUSAL = ("bloom", "codegen", "gpt_neox_japanese", "mpt", "xglm")
