@@ -14,19 +14,24 @@ SMALL: dict[str, Any] = dict(
     vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
     max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
-STILL: dict[str, Any] = dict(
-    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, hidden_dropout=0.0, attention_dropout=0.0
-)
+# Whatever is random in training mode, by any of its names.
+STILL: dict[str, Any] = dict.fromkeys((
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout", "attention_dropout", "activation_dropout",
+    "dropout", "dropout_rate", "attn_pdrop", "embd_pdrop", "emb_pdrop", "resid_pdrop", "embed_dropout",
+    "embedding_dropout", "resid_dropout", "residual_dropout", "mlp_dropout", "final_dropout", "feat_proj_dropout",
+    "drop_path_rate", "layerdrop", "encoder_layerdrop", "decoder_layerdrop", "router_jitter_noise",
+    "input_jitter_noise",
+), 0.0)  # fmt: skip
 GROUPED = SMALL | dict(num_key_value_heads=2, head_dim=8)
 SLIDING = GROUPED | dict(sliding_window=16)
 EXPERTS = GROUPED | dict(moe_intermediate_size=24, num_experts=4, num_local_experts=4, num_experts_per_tok=2)
 TWO: dict[str, Any] = dict(
     vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
     decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
-    decoder_start_token_id=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, dropout=0.0,
+    decoder_start_token_id=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, forced_eos_token_id=None,
 )  # fmt: skip
 T5: dict[str, Any] = dict(
-    vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+    vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
     decoder_start_token_id=0, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
 IMAGE: dict[str, Any] = dict(
@@ -148,8 +153,7 @@ SOUND: dict[str, dict[str, Any]] = {
     name: dict(
         vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
         conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, apply_spec_augment=False, layerdrop=0.0,
-        feat_proj_dropout=0.0,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, apply_spec_augment=False,
     )
     for name in ("hubert", "wav2vec2", "unispeech-sat")
 }  # fmt: skip

@@ -406,6 +406,16 @@ def test_what_is_out_of_reach_is_in_the_table_with_its_reason() -> None:
     assert found == declared()
 
 
+@pytest.mark.parametrize("family", ["marian", "pegasus", "roformer", "bart", "bert"])
+def test_tables_of_positions_are_weights_where_they_are_learned(family: str) -> None:
+    backbone = Backbone(build(family))
+    backbone.module.requires_grad_(False)  # as it is for a delta, which must not hide the others
+    found = {path for path in backbone.anatomy.parameters.values() if "position" in path}
+    kept = {path for path, _ in backbone.module.named_parameters() if "position" in path}
+    assert kept
+    assert found == (kept if family in ("bart", "bert") else set())
+
+
 def test_at_most_a_tenth_of_the_sites_is_out_of_reach(subject: Subject) -> None:
     names = {site.name for site in subject.anatomy.sites}
     missing = [name for at, name in declared() if at == subject.family]

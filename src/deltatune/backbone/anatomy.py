@@ -19,6 +19,7 @@ from deltatune.backbone.synonyms import (
     ABSENT_WITH_EXPERTS,
     ABSENT_WITHOUT_NORM,
     BESIDE,
+    COMPUTED,
     EMBEDDING_NORM,
     FINAL_NORM,
     OUT_OF_REACH,
@@ -36,7 +37,7 @@ class Anatomy:
     sites: list[Site]
     absent: dict[str, str]
     depth: dict[str, int]
-    parameters: dict[str, str]  # canonical key -> path, of every parameter of the trunk, ordered by key
+    parameters: dict[str, str]  # canonical key -> path, of every parameter of the trunk that learns, ordered by key
     by_key: dict[str, Site] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,6 +113,8 @@ def _canonical(model: nn.Module, sites: list[Site], trunk_path: str) -> dict[str
     found: dict[str, str] = {}
     for path, parameter in model.named_parameters():
         module, _, leaf = path.rpartition(".")
+        if COMPUTED.search(type(model.get_submodule(module)).__name__):
+            continue
         key = owner.get(id(parameter))
         if key is None:
             inside = next((b for b in blocks if module == b or module.startswith(f"{b}.")), None)

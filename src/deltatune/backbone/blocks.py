@@ -222,10 +222,11 @@ class _Finder:
 
     def spans(self) -> None:
         for group in ("attn", "cross"):
-            q, k, o = (self.sites.get(f"{group}.{part}") for part in "qko")
+            q, k, v, o = (self.sites.get(f"{group}.{part}") for part in "qkvo")
             if q and k and o:
                 heads = heads_of(self.model, q, k)
-                self.add(group, q.entry, o.exit, q.d_in, o.d_out, heads=heads, rows=self._rows(group))
+                first = v if v and q.rows == "none" else q  # what also runs on a table begins more than the attention
+                self.add(group, first.entry, o.exit, first.d_in, o.d_out, heads=heads, rows=self._rows(group))
         up, down = self.sites.get("ffn.up"), self.sites.get("ffn.down")
         width = next((s.d_in for s in self.sites.values() if s.name in ("attn.q", "ffn.up")), 0)
         if up and down:

@@ -59,6 +59,8 @@ PATCHES = re.compile(r"(^|\.)(embeddings|feature_projection)$")
 TOWERS = {"text_model": "text", "vision_model": "vision"}
 # Parameters outside the blocks that do not shape the hidden states.
 BESIDE = re.compile(r"(^|\.)(pooler|head|lm_head|classifier|\w+_head)(\.|$)")
+# Classes of tables that are computed and never learn, though they are kept as parameters.
+COMPUTED = re.compile(r"Sinusoidal")
 
 # Data rows, by model type. Decoders that say so on no module:
 CAUSAL = ("bloom", "codegen", "gpt_neox_japanese", "mpt", "xglm")
@@ -69,6 +71,8 @@ CHUNKED = {"codegen": (4, "qvk")}
 
 # Decoders that flatten rows and tokens for the feed-forward and its norm.
 FLATTENED = ("opt",)
+# Networks whose `inputs_embeds` stand behind the whole embedding layer, positions included.
+EMBEDDED = ("esm",)
 # Attention that hands its weights to one function of torch, so that its projections never run as modules.
 BYPASSED = ("wavlm",)
 

@@ -311,9 +311,9 @@ def dropped(call: Call, run: Run, place: Place, rate: float, x: Tensor) -> Tenso
     draw, segment = call.draws[run.segments[0]], call.segments[run.segments[0]]
     assert segment.delta is not None
     number = [id(layer) for layer in call.bank.layers_at(place)[segment.delta]].index(id(run.layers[0]))
-    at_end, absent = _absent(call, run.segments[0], place)
     rows, width = x.shape[0], x.shape[-1]
     length = x.numel() // (rows * width)
+    at_end, absent = _absent(call, run.segments[0], place, length)
     # Positions come first, so that padding at the end of a row draws after them and moves nothing.
     random = torch.rand((length - absent, rows, width), generator=generator(draw.seed, draw.step, *place, number))
     keep = (random >= rate).transpose(0, 1)
@@ -323,10 +323,11 @@ def dropped(call: Call, run: Run, place: Place, rate: float, x: Tensor) -> Tenso
     return x * (keep.reshape(x.shape) / (1 - rate)).to(x)
 
 
-def _absent(call: Call, segment: int, place: Place) -> tuple[bool, int]:
-    """How many positions of this segment's rows are there for its neighbours' prompts only, and whether at the end."""
-    at_end, own = call.gathered.get("inserted", (False, None))
+def _absent(call: Call, segment: int, place: Place, length: int) -> tuple[bool, int]:
+    """How many of `length` positions in a row are there for its neighbours' prompts only, and whether at the end."""
+    at_end, own, tokens = call.gathered.get("inserted", (False, None, 0))
     site = call.bank.sites[place[0]]
     if own is None or (site.stack == "decoder" and call.bank.two_stacks and site.name not in ("cross.k", "cross.v")):
         return False, 0
-    return at_end, max(own) - own[segment]
+    parts = length // tokens  # a token stands once for each of its experts
+    return at_end, (max(own) - own[segment]) * parts

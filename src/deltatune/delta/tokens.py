@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone
+from deltatune.backbone.synonyms import EMBEDDED
 from deltatune.delta.call import Call, outside
 from deltatune.delta.layer import TokenLayer
 from deltatune.errors import RoutingError
@@ -99,21 +100,24 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
     after = backbone.kind == "encoder"
     # An encoder counts its positions from the left and need not be told; generation goes on from the right.
     to_end = backbone.kind != "decoder"
-    call.gathered["inserted"] = (to_end, own)
+    call.gathered["inserted"] = (to_end, own, length + number)
     placed = _placed(first, seen, length, int(after), to_end=to_end and len(set(own)) > 1)
     between = placed.between
-    inputs["inputs_embeds"] = between(embeds, added.to(embeds))
     inputs["attention_mask"] = between(mask, seen.to(mask))
     if backbone.kind != "encoder-decoder":
         if not generating:
-            inputs["position_ids"] = _positions(
-                backbone, ids, embeds, inputs.get("position_ids"), first, after, seen, placed
-            )
+            own_at, added_at = _positions(backbone, ids, embeds, inputs.get("position_ids"), first, after, seen)
+            inputs["position_ids"] = between(own_at, added_at)
+            if ids is not None and getattr(backbone.trunk.config, "model_type", "") in EMBEDDED:
+                layer: Any = backbone.trunk.embeddings
+                embeds = layer(input_ids=ids, attention_mask=mask, position_ids=own_at)
+                added = layer(inputs_embeds=added, position_ids=added_at)
         elif "position_ids" in inputs:
             raise RoutingError("a prompt sets position_ids itself during generation; leave them out")
         labels = inputs.get("labels")
         if isinstance(labels, Tensor) and labels.shape == (rows, length):
             inputs["labels"] = between(labels, labels.new_full((rows, number), -100))
+    inputs["inputs_embeds"] = between(embeds, added.to(embeds))
     types = inputs.get("token_type_ids")
     if types is not None:
         inputs["token_type_ids"] = between(types, types.gather(1, _column(first, types)).expand(rows, number))
@@ -185,15 +189,14 @@ def _positions(
     first: Tensor | None,
     after: bool,
     seen: Tensor,
-    placed: Inserted,
-) -> Tensor:
-    """Positions [rows, tokens + prompt]: what the backbone would use, moved by each row's own number of tokens."""
+) -> tuple[Tensor, Tensor]:
+    """Positions of the text [rows, tokens], moved on by each row's own number of tokens, and of the prompt."""
     base = own_positions(backbone, ids, embeds, given)
     column = _column(first, base)
     start = base.gather(1, column) + int(after)
     middle = start + (seen.long().cumsum(dim=1) - 1).clamp(min=0)
     behind = torch.arange(base.shape[1], device=base.device) >= column + int(after)
-    return placed.between(base + behind * seen.sum(dim=1, keepdim=True), middle)
+    return base + behind * seen.sum(dim=1, keepdim=True), middle
 
 
 def own_positions(backbone: Backbone, ids: Tensor | None, like: Tensor, given: Tensor | None, start: int = 0) -> Tensor:
@@ -203,9 +206,11 @@ def own_positions(backbone: Backbone, ids: Tensor | None, like: Tensor, given: T
         return given.expand(rows, length)
     base = torch.arange(start, start + length, device=like.device).expand(rows, length)
     embeddings: Any = getattr(getattr(backbone.module, "base_model", None), "embeddings", None)
-    if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa counts from after the padding index
+    if hasattr(embeddings, "create_position_ids_from_inputs_embeds"):
+        # RoBERTa and its kin (ESM, MPNet) count from after the padding index, and padding has that index itself.
         padding = int(embeddings.padding_idx)
         base = base + padding + 1
         if ids is not None:
-            base = embeddings.create_position_ids_from_input_ids(ids, padding)
+            tokens = ids.ne(padding).long()
+            base = (tokens.cumsum(dim=1) + start) * tokens + padding
     return base

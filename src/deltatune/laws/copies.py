@@ -17,7 +17,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.delta.adapted import Adapted
 from deltatune.delta.delta import Delta
 from deltatune.errors import BackboneMismatch
-from deltatune.laws.subject import Subject, agree_rows, demand, made, moved, same_bits, score
+from deltatune.laws.subject import Subject, agree_rows, alone_only, demand, made, moved, same_bits, score
 
 
 def saved_is_loaded(subject: Subject) -> None:
@@ -55,8 +55,7 @@ def _copied(subject: Subject, how: str, make: Callable[[Adapted], Adapted]) -> N
     deltas = [made(subject.spec, backbone, name, seed=seed) for seed, name in enumerate(("one", "two"))]
     adapted = Adapted(backbone, deltas)
     rows = subject.rows(5)
-    port = {layer.port for _, layer in deltas[0].at_sites()}
-    route: list[str | None] = ["one"] * 5 if "weight" in port else ["one", "two", None, "two", "one"]
+    route: list[str | None] = ["one"] * 5 if alone_only(deltas[0]) else ["one", "two", None, "two", "one"]
     wanted = subject.run(adapted, rows, route)  # makes the stacks, so that the copy has to end them
     other = make(adapted)
     agree_rows(subject.run(other, rows, route), wanted, f"{how}: the copy's output")
@@ -90,6 +89,10 @@ def other_backbones_are_refused(subject: Subject) -> None:
     }
     if len({site.exit for site in home.anatomy.sites if site.name == "block"}) < 2:
         del wrong["half the blocks"]  # ALBERT's layers are one block
+    if not _norms(home):
+        del wrong["one norm changed"]  # OLMo's have no weights
+    if not _vectors(home):
+        del wrong["one bias or norm element changed"]  # nor has it biases
     for what, change in wrong.items():
         other = subject.fresh(torch.float32)
         change(other)
@@ -140,14 +143,23 @@ def _stepped(backbone: Backbone) -> None:
     torch.optim.SGD(module.parameters(), lr=1e-6).step()
 
 
+def _norms(backbone: Backbone) -> list[nn.Module]:
+    """The norms that have weights."""
+    return [m for m in backbone.module.modules() if is_norm(m) and getattr(m, "weight", None) is not None]
+
+
 def _norm_changed(backbone: Backbone) -> None:
     with torch.no_grad():
-        last = [m for m in backbone.module.modules() if is_norm(m)][-1]
-        last.get_parameter("weight").mul_(1.001)
+        _norms(backbone)[-1].get_parameter("weight").mul_(1.001)
+
+
+def _vectors(backbone: Backbone) -> list[nn.Parameter]:
+    """The biases and the weights of norms, by name."""
+    return [p for _, p in sorted(backbone.module.named_parameters()) if p.ndim == 1]
 
 
 def _element_changed(backbone: Backbone) -> None:
-    vectors = [p for _, p in sorted(backbone.module.named_parameters()) if p.ndim == 1]
+    vectors = _vectors(backbone)
     with torch.no_grad():
         vectors[len(vectors) // 2][3] += 1e-4
 

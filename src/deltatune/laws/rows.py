@@ -19,6 +19,7 @@ from deltatune.laws.subject import (
     agree,
     agree_gradients,
     agree_rows,
+    alone_only,
     demand,
     gradients,
     made,
@@ -53,7 +54,7 @@ def many_is_alone(
     subject: Subject,
     route: Sequence[str | None] = ROUTE,
     *,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
     training: bool = True,
     seed: int = 0,
 ) -> None:
@@ -88,7 +89,7 @@ def padding_left_out_changes_nothing(subject: Subject) -> None:
     route: list[str | None] = ["one", "two", "two", None, "one", "one", "two"]
     backbone = subject.fresh()
     deltas = [made(subject.spec, backbone, name, seed=seed) for seed, name in enumerate(("one", "two"))]
-    if any(layer.port == "weight" for _, layer in deltas[0].at_sites()):
+    if alone_only(deltas[0]):
         route = ["one"] * len(route)
     rows = subject.rows(len(route))
     with Adapted(backbone, deltas) as adapted:
@@ -141,7 +142,10 @@ def trained_together_is_trained_alone(subject: Subject, steps: int = 50) -> None
 
 
 def _optimiser(delta: Delta) -> torch.optim.Optimizer | None:
-    return torch.optim.AdamW(delta.parameters(), lr=2e-3, weight_decay=0.01) if delta.trainable() else None
+    if not delta.trainable():
+        return None
+    # At the default of 1e-8 Adam makes steps of 1e-9 of what rounding leaves of a gradient near zero.
+    return torch.optim.AdamW(delta.parameters(), lr=2e-3, weight_decay=0.01, eps=1e-6)
 
 
 def _advance(loss: torch.Tensor, optimisers: Sequence[torch.optim.Optimizer | None]) -> None:

@@ -42,16 +42,18 @@ class Subject:
     """A spec on a backbone. The backbone is never touched: every law works on copies of it.
 
     With `length`, all rows have that many tokens: for backbones whose own outputs depend on the padding of a row.
+    `dtype` is what the laws compute in unless they say otherwise: float32 for backbones that do so inside anyway.
     """
 
     spec: Spec
     backbone: Backbone
     name: str = field(default="", compare=False)
     length: int | None = None
+    dtype: torch.dtype = torch.float64
 
-    def fresh(self, dtype: torch.dtype = torch.float64) -> Backbone:
-        """A copy of the backbone in a dtype, in evaluation mode."""
-        module = copy.deepcopy(self.backbone.module).to(dtype).eval()
+    def fresh(self, dtype: torch.dtype | None = None) -> Backbone:
+        """A copy of the backbone in a dtype (the subject's own by default), in evaluation mode."""
+        module = copy.deepcopy(self.backbone.module).to(dtype or self.dtype).eval()
         return Backbone(module, self.backbone.processor, self.backbone.name)
 
     @cached_property
@@ -134,16 +136,26 @@ def moved(delta: Delta, seed: int = 1, size: float = 0.2) -> Delta:
     return delta
 
 
+def takes_prefix(backbone: Backbone) -> bool:
+    """Whether all attention comes through ours; LongT5's encoder, for one, asks transformers for no function."""
+    found = [site.heads for site in backbone.anatomy.sites if site.name in ("attn", "cross")]
+    return bool(found) and all(found)
+
+
 def prefix(backbone: Backbone, n: int) -> Spec:
     """A prefix to share a batch with; biases where the backbone's attention takes none."""
-    attends = any(site.heads for site in backbone.anatomy.sites)
-    return Prefix(n=n) if attends else BitFit(at="ffn.{up,down}")
+    return Prefix(n=n) if takes_prefix(backbone) else BitFit(at="ffn.{up,down}")
 
 
 def made(spec: Spec, backbone: Backbone, name: str = "subject", *, seed: int = 0, move: bool = True) -> Delta:
     """A delta with parameters in the backbone's dtype, moved off its start."""
     delta = Delta.build(spec, backbone, seed=seed, name=name).to(backbone.dtype)
     return moved(delta, seed + 1) if move else delta
+
+
+def alone_only(delta: Delta) -> bool:
+    """Whether all rows of a call must be this delta's: it has weights of its own, or stands at a table of all rows."""
+    return any(layer.port == "weight" or site.rows == "none" for site, layer in delta.at_sites())
 
 
 def gradients(delta: nn.Module) -> dict[str, Tensor | None]:
