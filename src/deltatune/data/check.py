@@ -82,6 +82,7 @@ def check_answered(name: str, placed: list[Placed]) -> None:
 CHECKS: Mapping[Kind, Callable[[str, list[Placed]], None]] = {
     "classification": check_classes,
     "pair_classification": check_classes,
+    "image_classification": check_classes,
     "multi_label": check_label_sets,
     "regression": check_values,
     "pair_regression": check_values,
