@@ -1,6 +1,6 @@
 """`digits-vit`: a small image backbone, trained here from scratch on scikit-learn's digits and kept in the cache.
 
-Run as: python -m deltatune.backbone.digits (`make digits`), under a minute. It learns to tell 0 from 1, 2, 3 and 4 and
+Run as: python -m deltatune.backbone.digits (`make digits`), a minute. It learns to tell 0 from 1, 2, 3 and 4 and
 never sees the other five, so that a delta for those has something to adapt. A fifth of the rows is held out to say how
 well it does. The weights depend on the seed and, in their last bits, on the machine.
 """
@@ -25,12 +25,12 @@ NAME = "digits-vit"
 COMMAND = f"{Path(sys.executable).name} -m deltatune.backbone.digits"
 RECIPE = {"seed": 0, "epochs": 100, "batch": 32, "lr": 1e-3, "decay": 0.05, "seen": 5, "held_out": 0.2, "least": 0.95}
 CONFIG = dict(
-    image_size=8, patch_size=2, num_channels=1, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+    image_size=8, patch_size=2, num_channels=3, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
     intermediate_size=128,
 )  # fmt: skip
 PROCESSOR = {
     "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 8, "width": 8}, "resample": 2,
-    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5], "image_std": [0.5],
+    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
 }  # fmt: skip
 KEPT = "training.json"
 
@@ -110,12 +110,12 @@ def _trained() -> tuple[Any, dict[str, Any]]:
 
 
 def _rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pixels [rows, 1, 8, 8] from -1 to 1 and digits [rows], of the rows to train on and of those held out."""
+    """Pixels [rows, 3, 8, 8] from -1 to 1 and digits [rows], of the rows to train on and of those held out."""
     from sklearn.datasets import load_digits
 
     held = load_digits()
     seen = torch.tensor(held.target) < RECIPE["seen"]
-    pixels = (torch.tensor(held.images).float() / 8 - 1)[seen].unsqueeze(1)  # there 0 to 16
+    pixels = (torch.tensor(held.images).float() / 8 - 1)[seen].unsqueeze(1).repeat(1, 3, 1, 1)  # there 0 to 16
     digits = torch.tensor(held.target)[seen]
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(int(RECIPE["seed"])))
     out, rest = order.split([int(len(order) * RECIPE["held_out"]), len(order) - int(len(order) * RECIPE["held_out"])])

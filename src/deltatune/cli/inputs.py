@@ -54,7 +54,7 @@ def _from_texts(texts: Sequence[str], kind: Kind) -> list[Row]:
     if kind == "image_classification":
         from deltatune.data.images import placed
 
-        return [{"image": placed(text, "the command line", Path())} for text in texts]
+        return [{"image": placed(text, f"image {n}", Path())} for n, text in enumerate(texts, 1)]
     if kind == "token_classification":
         return [{"tokens": text.split()} for text in texts]
     if kind == "multiple_choice":

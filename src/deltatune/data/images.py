@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltatune.data.formats import Table
-from deltatune.errors import TaskError
+from deltatune.errors import TaskError, nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,13 +63,17 @@ def placed(cell: Any, where: str, folder: Path) -> str:
     if isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes):
         return f"{INLINE}image;base64,{base64.b64encode(cell['bytes']).decode()}"
     if not isinstance(cell, str):
-        raise TaskError(f"{where}: image is a {type(cell).__name__}; expected the path of a file")
+        raise TaskError(f"{where}: image is of type {type(cell).__name__}; expected the path of a file")
     if cell.startswith(INLINE):
         return cell
     path = folder / Path(cell).expanduser()
     if not path.is_file():
-        raise TaskError(f"{where}: no image file {str(path)!r}; paths are from the folder of the table")
+        raise TaskError(f"{where}: no image file {str(path)!r}{nearest(path.name, _beside(path))}")
     return str(path)
+
+
+def _beside(path: Path) -> list[str]:
+    return [one.name for one in path.parent.iterdir() if _is_image(one)] if path.parent.is_dir() else []
 
 
 def image_folder(path: Path, names: Mapping[str, Sequence[str]]) -> dict[str, Table]:

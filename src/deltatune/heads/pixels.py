@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltatune.backbone.load import Backbone
-from deltatune.data.images import opened
+from deltatune.data.images import inline, opened
 from deltatune.errors import TaskError
 
 KEPT = 2**28  # most bytes of pixels that are kept of a backbone's images: a step and an epoch read them again
@@ -36,6 +36,15 @@ def pixels(images: Sequence[str], backbone: Backbone) -> Tensor:
     for image in list(kept)[: max(0, len(kept) - KEPT // size)]:
         del kept[image]
     return torch.stack([made[image] for image in images]).to(backbone.device, backbone.dtype)
+
+
+def noise(rows: int, backbone: Backbone) -> Tensor:
+    """Return images of noise as the backbone reads them [rows, channels, height, width], the same at each call."""
+    from PIL import Image
+
+    draw = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, 256, (rows, 32, 32), dtype=torch.uint8, generator=draw)
+    return pixels([inline(Image.fromarray(one.numpy())) for one in drawn], backbone)
 
 
 def _processed(image: str, backbone: Backbone) -> Tensor:
