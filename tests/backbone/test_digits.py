@@ -68,6 +68,7 @@ def test_pixels_of_its_training_are_what_its_processor_gives(
 @pytest.mark.slow
 def test_it_knows_its_digits_and_a_delta_learns_the_others(empty_cache: Path) -> None:
     assert digits.make()["accuracy"] > 0.95
-    run = dt.fit("digits-vit", dt.LoRA(), "digits_5_9", epochs=4)
-    lora, head = (run.results[0]["summary"][n]["test"] for n in (0, 1))
-    assert run.best.metrics["test"]["accuracy"] > 0.9
+    run = dt.fit("digits-vit", dt.LoRA(), "digits_5_9", epochs=12)
+    scores = {trained.plan.label: trained.metrics["test"]["accuracy"] for trained in run.trained}
+    head = scores.pop("head")
+    assert [score > max(0.88, head) for score in scores.values()] == [True]

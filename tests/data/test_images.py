@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests.data.writing import write
 
 import deltatune as dt
 from deltatune.data.images import digest_of, inline, opened
 from deltatune.errors import TaskError
-from tests.data.writing import write
 
 
 def picture(path: Path, number: int) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.heads.picture_models import FAMILIES, network
 from torch import Tensor
 
 from deltatune.backbone.load import Backbone
@@ -15,7 +16,6 @@ from deltatune.delta.adapted import Adapted
 from deltatune.delta.delta import Delta
 from deltatune.errors import SiteError
 from deltatune.laws.subject import moved
-from tests.heads.picture_models import FAMILIES, network
 
 PROMPTED = ("vit", "deit", "beit", "dinov2", "clip")
 ROWS = ["long", None, "short", "thin"]

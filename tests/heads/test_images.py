@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.heads.picture_models import FAMILIES, network, saved, saved_pair
 
 import deltatune as dt
 from deltatune.backbone.load import Backbone
@@ -24,7 +25,6 @@ from deltatune.training.evaluate import predict
 from deltatune.training.fit import fit_plans
 from deltatune.training.job import Plan
 from deltatune.training.settings import Settings
-from tests.heads.picture_models import FAMILIES, network, saved, saved_pair
 
 QUICK = Settings(steps=16, batch=8, evaluations=2, precision="float32", lr=1e-2, probe=False)
 

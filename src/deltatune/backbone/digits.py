@@ -30,7 +30,8 @@ CONFIG = dict(
 )  # fmt: skip
 PROCESSOR = {
     "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 8, "width": 8}, "resample": 2,
-    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
 }  # fmt: skip
 KEPT = "training.json"
 
