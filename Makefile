@@ -10,7 +10,7 @@ TORCH_PIP_OPTIONS ?=
 JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: setup demo test test-all lint bench docs clean
+.PHONY: setup demo digits test test-all lint bench docs clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 # make demo, or on your own file: make demo TASK=reviews.csv
 demo: setup
 	$(BIN)/deltatune demo $(if $(TASK),--task "$(TASK)")
+
+# The small image backbone digits-vit, trained from scratch into the cache: a minute.
+digits: setup
+	$(BIN)/python -m deltatune.backbone.digits
 
 lint: setup
 	$(BIN)/ruff check .

@@ -84,7 +84,7 @@ def test_positions_are_those_that_can_be_run(family: str, positions: int | None)
     [
         (
             "minilmm",
-            r"unknown backbone 'minilmm'; nearest: minilm; expected an embedded name \(minilm, smollm2\), a folder",
+            r"unknown backbone 'minilmm'; nearest: minilm; expected an embedded name \(minilm, smollm2, digits-vit\), a folder",
         ),
         ("bert", r"unknown backbone 'bert'"),
     ],

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from deltatune.backbone import digits
 from deltatune.backbone.anatomy import Anatomy, find_anatomy
 from deltatune.backbone.embedded import EMBEDDED, locate
 from deltatune.backbone.fingerprint import fingerprint
@@ -17,12 +18,17 @@ from deltatune.backbone.weights import device_of
 from deltatune.errors import BackboneError, nearest
 
 Kind = Literal["encoder", "decoder", "encoder-decoder"]
+Reads = Literal["text", "images"]
+CLASS_TOKENS = ("cls_token", "class_embedding")
+TWO_TOWERS = ("clip", "siglip", "siglip2")
+"""Pairs of an image and a text network, of which the one for images is loaded."""
 
 
 class Backbone:
     """A network, its processor, its anatomy and its fingerprint.
 
-    `module` is the network, untouched; `processor` its tokenizer, or None; `name` is what it was loaded by.
+    `module` is the network, untouched; `processor` its tokenizer or image processor, or None; `name` is what it was
+    loaded by.
     """
 
     def __init__(self, module: nn.Module, processor: Any = None, name: str = "") -> None:
@@ -41,6 +47,17 @@ class Backbone:
         return (
             "encoder-decoder" if stacks == {"encoder", "decoder"} else "decoder" if stacks == {"decoder"} else "encoder"
         )
+
+    @property
+    def reads(self) -> Reads:
+        """What goes in: token ids, or pixels."""
+        return "images" if getattr(self.module, "main_input_name", "") == "pixel_values" else "text"
+
+    @property
+    def class_token(self) -> bool:
+        """Whether an image network puts a token for the whole image before the patches."""
+        names = {name.rpartition(".")[2] for name, _ in self.module.named_parameters()}
+        return not names.isdisjoint(CLASS_TOKENS)
 
     @property
     def trunk(self) -> nn.Module:
@@ -63,7 +80,9 @@ class Backbone:
     @property
     def width(self) -> int:
         """Width of the hidden states that the trunk returns."""
-        return next(s.d_out for s in self.anatomy.sites if s.name == "block")
+        blocks = [s for s in self.anatomy.sites if s.name == "block"]
+        # The last of the trunk's stack: in a network of stages the widths of blocks differ.
+        return [s.d_out for s in blocks if s.stack == blocks[0].stack][-1]
 
     @property
     def parameters(self) -> int:
@@ -134,9 +153,12 @@ def load(source: str | Path | nn.Module | Backbone, *, dtype: torch.dtype = torc
     place: str | Path = name
     if name in EMBEDDED:
         place = locate(name) or EMBEDDED[name].hub
+    elif name == digits.NAME:
+        place = digits.folder()
     elif not Path(name).exists() and "/" not in name:
+        known = (*EMBEDDED, digits.NAME)
         raise BackboneError(
-            f"unknown backbone {name!r}{nearest(name, EMBEDDED)}; expected an embedded name ({', '.join(EMBEDDED)}), "
+            f"unknown backbone {name!r}{nearest(name, known)}; expected an embedded name ({', '.join(known)}), "
             f"a folder, or a hub id such as 'owner/name'"
         )
     return _from_pretrained(place, name, dtype)
@@ -144,12 +166,14 @@ def load(source: str | Path | nn.Module | Backbone, *, dtype: torch.dtype = torc
 
 def _from_pretrained(place: str | Path, name: str, dtype: torch.dtype) -> Backbone:
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(place)
+        if config.model_type in TWO_TOWERS:
+            config = config.vision_config
         architectures = " ".join(getattr(config, "architectures", None) or [])
         if config.is_encoder_decoder:
             auto: Any = AutoModelForSeq2SeqLM
@@ -157,16 +181,25 @@ def _from_pretrained(place: str | Path, name: str, dtype: torch.dtype) -> Backbo
             auto = AutoModelForCausalLM
         else:
             auto = AutoModel
-        module, found = auto.from_pretrained(place, dtype=dtype, output_loading_info=True)
-        processor = AutoTokenizer.from_pretrained(place)
+        module, found = auto.from_pretrained(place, config=config, dtype=dtype, output_loading_info=True)
+        processor = _processor(place, module)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = f"; or install it: {EMBEDDED[name].install}" if name in EMBEDDED else ""
         raise BackboneError(f"cannot load backbone {name!r}: {reason}{fix}") from error
-    if processor.pad_token_id is None:
-        processor.pad_token = processor.eos_token
     backbone = Backbone(module.eval(), processor, name)
     lacking = sorted(set(found["missing_keys"]) & set(backbone.anatomy.parameters.values()))
     if lacking:  # transformers draws them at random and warns
         raise BackboneError(f"backbone {name!r} lacks the weights {lacking[0]!r} and {len(lacking) - 1} more")
     return backbone
+
+
+def _processor(place: str | Path, module: nn.Module) -> Any:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    if getattr(module, "main_input_name", "") == "pixel_values":
+        return AutoImageProcessor.from_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

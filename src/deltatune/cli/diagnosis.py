@@ -220,9 +220,15 @@ def _ratio(after: Tensor, before: Tensor) -> float:
 
 
 def _states(adapted: Adapted, route: str | None) -> Tensor:
-    """What a head reads of the sentences; without a head, what the backbone gives."""
+    """What a head reads of the sentences, or of images of noise; without a head, what the backbone gives."""
+    from deltatune.heads.pixels import noise
+
     source = adapted.source
-    inputs: dict[str, Any] = dict(source.processor(list(SENTENCES), return_tensors="pt", padding=True))
+    inputs: dict[str, Any]
+    if source.reads == "images":
+        inputs = {"pixel_values": noise(len(SENTENCES), source)}
+    else:
+        inputs = dict(source.processor(list(SENTENCES), return_tensors="pt", padding=True))
     inputs = {name: value.to(source.device) for name, value in inputs.items()}
     delta = adapted.bank[adapted.bank.names[0]]
     if delta.head is not None:
@@ -247,7 +253,7 @@ def _judge(found: Diagnosis, watched: list[str]) -> None:
         found.add("overflow", "hidden states under it are no numbers", "fit it again with a lower --lr")
     elif found.largest == 0.0 and not found.has("at-identity"):
         found.add(
-            "no-effect", f"it changes no hidden state of {len(SENTENCES)} sentences", "fit it again, elsewhere (at=)"
+            "no-effect", f"it changes no hidden state of {len(SENTENCES)} inputs", "fit it again, elsewhere (at=)"
         )
     elif 0.0 < found.relative < TINY:
         found.add(

@@ -36,7 +36,7 @@ def doctor(folder: Folder, backbone: OtherBackbone = None, as_json: AsJson = Fal
         shown.append(f"{folder}: healthy")
     if found.largest is not None and found.relative is not None:
         shown.append(
-            f"On {len(SENTENCES)} sentences it changes the hidden states by {100 * found.relative:.3g} % of their "
+            f"On {len(SENTENCES)} inputs it changes the hidden states by {100 * found.relative:.3g} % of their "
             f"norm, one value by up to {found.largest:.3g}."
         )
     if norms:

@@ -51,6 +51,10 @@ def _from_texts(texts: Sequence[str], kind: Kind) -> list[Row]:
         if len(texts) % 2:
             raise TaskError(f"this delta reads pairs of texts: got {len(texts)}, expected two for each pair, or a file")
         return [{"text": a, "text_b": b} for a, b in zip(texts[::2], texts[1::2], strict=True)]
+    if kind == "image_classification":
+        from deltatune.data.images import placed
+
+        return [{"image": placed(text, f"image {n}", Path())} for n, text in enumerate(texts, 1)]
     if kind == "token_classification":
         return [{"tokens": text.split()} for text in texts]
     if kind == "multiple_choice":
@@ -76,6 +80,7 @@ def _from_texts(texts: Sequence[str], kind: Kind) -> list[Row]:
 
 def _from_table(table: Table, kind: Kind, columns: Mapping[str, str]) -> Inputs:
     from deltatune.data.columns import OTHER_NAMES
+    from deltatune.data.images import placed
     from deltatune.data.task import FIELDS, INPUTS, OPTIONAL
 
     fields = INPUTS[kind]
@@ -101,6 +106,9 @@ def _from_table(table: Table, kind: Kind, columns: Mapping[str, str]) -> Inputs:
         }
         for place, cells in zip(table.places, table.rows, strict=True)
     ]
+    if kind == "image_classification":
+        for row, place in zip(rows, table.places, strict=True):
+            row["image"] = placed(row["image"], f"{table.name}: {place}", Path(table.name).parent)
     return Inputs(rows, table.rows)
 
 

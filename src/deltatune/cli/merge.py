@@ -77,6 +77,10 @@ def merge(
 def _sample(network: Backbone) -> dict[str, Tensor]:
     import torch
 
+    from deltatune.heads.pixels import noise
+
+    if network.reads == "images":
+        return {"pixel_values": noise(SAMPLE[0], network)}
     size = network.embeddings.num_embeddings
     ids = torch.randint(size // 2, size, SAMPLE, generator=torch.Generator().manual_seed(0))
     made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -117,6 +121,7 @@ def _use(model: str, folder: Path) -> str:
         return f'transformers.AutoModelForSeq2SeqLM.from_pretrained("{folder}")'
     tasks = {
         "TokenClassification": "token-classification",
+        "ImageClassification": "image-classification",
         "CausalLM": "text-generation",
         "LMHeadModel": "text-generation",
     }

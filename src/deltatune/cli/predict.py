@@ -37,7 +37,7 @@ def predict(
         typer.Argument(
             metavar="TEXT... | FILE",
             show_default=False,
-            help="Texts (two for each pair; a text and its choices; a context and its question), or a file of rows.",
+            help="Texts (two for each pair; a text and its choices; a context and its question), images, or a file.",
         ),
     ],
     columns: Columns = None,

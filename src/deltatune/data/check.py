@@ -82,6 +82,7 @@ def check_answered(name: str, placed: list[Placed]) -> None:
 CHECKS: Mapping[Kind, Callable[[str, list[Placed]], None]] = {
     "classification": check_classes,
     "pair_classification": check_classes,
+    "image_classification": check_classes,
     "multi_label": check_label_sets,
     "regression": check_values,
     "pair_regression": check_values,
@@ -114,6 +115,8 @@ def check_words(
     kind: Kind, labels: tuple[str, ...], template: str | None, verbalizer: Mapping[str, str] | None
 ) -> None:
     """Raise TaskError for a template without an input field, or a verbalizer that is not one wording a label."""
+    if kind == "image_classification" and (template is not None or verbalizer is not None):
+        raise TaskError("a template and a verbalizer word texts for a language model; a task of images takes neither")
     if template is not None:
         try:
             used = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}

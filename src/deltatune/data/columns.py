@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from deltatune.data.formats import Table
+from deltatune.data.images import INLINE, SUFFIXES
 from deltatune.data.task import FIELDS, NUMBERS, OPTIONAL, PAIRS, Kind
 from deltatune.errors import TaskError, UnknownName, nearest
 
@@ -30,6 +31,7 @@ LIKELY: Mapping[str, str] = {
     "tokens": "tokens words",
     "tags": "tags ner_tags labels slots bio pos_tags ner",
     "source": "source input article document question prompt src instruction code",
+    "image": "image img picture photo file filename path",
     "target": "target output summary answer response completion translation tgt headline reply",
     "anchor": "anchor query question sentence1 premise",
     "positive": "positive answer document passage sentence2 entailment",
@@ -38,7 +40,9 @@ LIKELY: Mapping[str, str] = {
     "rejected": "rejected dispreferred worse",
     "messages": "messages conversation conversations dialogue chat",
 }
-PROPOSED: tuple[Kind, ...] = ("classification", "pair_classification", "token_classification", "generation")
+PROPOSED: tuple[Kind, ...] = (
+    "classification", "pair_classification", "token_classification", "generation", "image_classification"
+)  # fmt: skip
 LONGEST_LABEL = 5  # words in a cell on average, above which a column is no label
 MOST_DISTINCT = 0.5  # share of distinct values, above which a column hardly is one
 WORDY = 1.2  # words in a cell on average, above which a column is text and not a name or a number
@@ -120,6 +124,7 @@ class _Column:
     distinct: float
     listed: bool
     number: bool = False
+    pictures: bool = False
 
 
 def propose(table: Table, kind: Kind | None, given: Mapping[str, str]) -> dict[str, str]:
@@ -150,7 +155,9 @@ def _measure(name: str, table: Table) -> _Column | None:
         return _Column(name, 0.0, 1.0, True)
     texts = [str(cell) for cell in cells]
     numeric = all(re.fullmatch(r"\s*[-+]?\d*\.?\d+(e[-+]?\d+)?\s*", text.lower()) for text in texts)
-    return _Column(name, sum(len(t.split()) for t in texts) / len(texts), len(set(texts)) / len(texts), False, numeric)
+    pictures = all(text.strip().lower().endswith(SUFFIXES) or text.startswith(INLINE) for text in texts)
+    words = sum(len(text.split()) for text in texts) / len(texts)
+    return _Column(name, words, len(set(texts)) / len(texts), False, numeric, pictures)
 
 
 def _guess(kind: Kind, free: list[_Column], given: Mapping[str, str]) -> tuple[float, dict[str, str]]:
@@ -199,6 +206,8 @@ def _content(field: str, column: _Column, columns: list[_Column]) -> float:
         return -2.0
     if field == "value":
         return 1.0 if column.number else -2.0
+    if field == "image":
+        return 1.0 if column.pictures else -2.0
     if field == "label":
         if column.words > LONGEST_LABEL:
             return -2.0

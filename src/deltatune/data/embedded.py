@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 
 from deltatune.data import stdlib_tasks
+from deltatune.data.digits import digits_5_9
 from deltatune.data.procedural import procedural_task, procedural_tasks
 from deltatune.data.task import Task
 
@@ -14,6 +15,7 @@ STDLIB: Mapping[str, tuple[str, Callable[[], Task]]] = {
     "stdlib_kind": ("first sentence of a docstring -> what it documents (classification)", stdlib_tasks.stdlib_kind),
     "stdlib_pair": ("function, sentence -> do they match? (pair classification)", stdlib_tasks.stdlib_pair),
     "stdlib_tags": ("parameters, exceptions, modules in docstrings (token classification)", stdlib_tasks.stdlib_tags),
+    "digits_5_9": ("8 x 8 grey image of a written digit -> 5, 6, 7, 8 or 9 (image classification)", digits_5_9),
     "stdlib_summary": ("source of a function -> its summary (generation)", stdlib_tasks.stdlib_summary),
 }
 

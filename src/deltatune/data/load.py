@@ -14,6 +14,7 @@ from deltatune.data.columns import as_option, propose, resolve
 from deltatune.data.embedded import build, embedded_tasks
 from deltatune.data.formats import Table
 from deltatune.data.hub import is_dataset, read_dataset, read_hub
+from deltatune.data.images import image_folder
 from deltatune.data.metrics import check_metric, default_metric
 from deltatune.data.rows import Placed, canonical
 from deltatune.data.split import cut, distinct, input_key
@@ -162,6 +163,8 @@ def _folder(path: Path) -> dict[str, Table]:
             raise TaskError(f"{path}: {fitting[0].name} and {fitting[1].name} are both {split}; keep one of them")
         if fitting:
             files[split] = fitting[0]
+    if not files and (images := image_folder(path, SPLIT_NAMES)):
+        return images
     if "train" not in files:
         there = ", ".join(file.name for file in readable[:8]) or "no file of rows"
         raise TaskError(f"{path}: no train.jsonl (or .json, .csv, .tsv, .parquet, each .gz); got {there}")

@@ -44,6 +44,7 @@ ALSO_CALLED = {"mcc": "matthews", "rouge": "rouge_l", "mrr": "mrr_at_10", "accur
 OF_KIND: Mapping[Kind, tuple[str, ...]] = {
     "classification": CLASS_METRICS,
     "pair_classification": CLASS_METRICS,
+    "image_classification": CLASS_METRICS,
     "token_classification": TAG_METRICS,
     "generation": TEXT_METRICS,
     "multi_label": SET_METRICS,
@@ -58,7 +59,7 @@ OF_KIND: Mapping[Kind, tuple[str, ...]] = {
 METRICS = tuple(dict.fromkeys(metric for own in OF_KIND.values() for metric in own))
 """Every metric but the `f1_<label>` form, which is F1 of one label."""
 
-SINGLE: tuple[Kind, ...] = ("classification", "pair_classification", "multiple_choice")
+SINGLE: tuple[Kind, ...] = ("classification", "pair_classification", "image_classification", "multiple_choice")
 """Kinds with one answer a row that is not a list."""
 
 

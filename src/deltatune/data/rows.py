@@ -6,10 +6,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from deltatune.data.choices import choices_of, right_choice
 from deltatune.data.formats import Table
+from deltatune.data.images import placed as placed_image
 from deltatune.data.spans import answers_of
 from deltatune.data.task import FIELDS, OPTIONAL, Kind, Row
 from deltatune.errors import TaskError, nearest
@@ -24,14 +26,15 @@ def canonical(table: Table, kind: Kind, columns: Mapping[str, str]) -> list[Plac
 
     Raises TaskError, the row named, for a field that is missing, empty or of another type.
     """
+    folder = Path(table.name).parent
     optional = {*OPTIONAL[kind]} & columns.keys()
     placed = []
     for place, cells in zip(table.places, table.rows, strict=True):
         where = f"{table.name}: {place}"
-        row = {field: _value(field, cells.get(columns[field]), where, columns[field]) for field in FIELDS[kind]}
+        row = {field: _value(field, cells.get(columns[field]), where, columns[field], folder) for field in FIELDS[kind]}
         for field in optional:
             if field == "weight" or not _missing(cells.get(columns[field])):
-                row[field] = _value(field, cells[columns[field]], where, columns[field])
+                row[field] = _value(field, cells[columns[field]], where, columns[field], folder)
         if kind == "token_classification" and len(row["tokens"]) != len(row["tags"]):
             raise TaskError(
                 f"{where} has {len(row['tokens'])} tokens and {len(row['tags'])} tags; expected one tag for each token"
@@ -44,7 +47,7 @@ def canonical(table: Table, kind: Kind, columns: Mapping[str, str]) -> list[Plac
     return placed
 
 
-def _value(field: str, cell: Any, where: str, column: str) -> Any:
+def _value(field: str, cell: Any, where: str, column: str, folder: Path) -> Any:
     if field == "labels":
         return _labels(cell, where)
     if _missing(cell):
@@ -59,6 +62,8 @@ def _value(field: str, cell: Any, where: str, column: str) -> Any:
         return _texts(cell, field, where)
     if field == "messages":
         return messages_of(cell, where)
+    if field == "image":
+        return placed_image(cell.strip() if isinstance(cell, str) else cell, where, folder)
     if isinstance(cell, list) and column == "table":
         return _checked(_linearised(cell, where), where, field)
     if isinstance(cell, list | dict):

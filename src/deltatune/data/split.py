@@ -6,6 +6,7 @@ import random
 from collections import Counter, defaultdict
 from typing import Any
 
+from deltatune.data.images import digest_of
 from deltatune.data.rows import Placed
 from deltatune.data.task import INPUTS, Kind, Row
 from deltatune.errors import TaskError
@@ -15,8 +16,9 @@ LEAST = 3
 
 
 def input_key(kind: Kind, row: Row) -> tuple[str, ...]:
-    """Return what makes two inputs identical: their texts, whatever the white space between words."""
-    return tuple(" ".join(as_text(row.get(field, "")).split()) for field in INPUTS[kind])
+    """Return what makes two inputs identical: their texts, whatever the white space between words; images' files."""
+    parts = (digest_of(row[field]) if field == "image" else as_text(row.get(field, "")) for field in INPUTS[kind])
+    return tuple(" ".join(part.split()) for part in parts)
 
 
 def as_text(part: Any) -> str:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from deltatune.data.images import digest_of
 from deltatune.errors import TaskError
 
 Kind = Literal[
     "classification", "pair_classification", "token_classification", "generation", "multi_label", "regression",
     "pair_regression", "multiple_choice", "extractive_span", "embedding", "preference", "chat",
+    "image_classification",
 ]  # fmt: skip
 Row = dict[str, Any]
 SPLITS = ("train", "dev", "test")
@@ -33,6 +35,7 @@ FIELDS: Mapping[Kind, tuple[str, ...]] = {
     "embedding": ("anchor", "positive"),
     "preference": ("prompt", "chosen", "rejected"),
     "chat": ("messages",),
+    "image_classification": ("image", "label"),
 }
 """The canonical fields of a row by kind: a choice's `label` is its number, `answers` are [{"text", "start"}]."""
 
@@ -49,7 +52,9 @@ OPTIONAL: Mapping[Kind, tuple[str, ...]] = {
 Every accepted answer, the text that choices are about, a text that the anchor does not mean, a weight in the loss.
 """
 
-LABELLED: tuple[Kind, ...] = ("classification", "pair_classification", "token_classification", "multi_label")
+LABELLED: tuple[Kind, ...] = (
+    "classification", "pair_classification", "token_classification", "multi_label", "image_classification"
+)  # fmt: skip
 """Kinds whose answers come from the task's labels."""
 
 PAIRS: tuple[Kind, ...] = ("pair_classification", "pair_regression")
@@ -68,6 +73,7 @@ INPUTS: Mapping[Kind, tuple[str, ...]] = {
     "embedding": ("anchor",),
     "preference": ("prompt", "chosen", "rejected"),
     "chat": ("messages",),
+    "image_classification": ("image",),
 }
 """The fields of a row that a model may see; an optional one may be absent."""
 
@@ -96,7 +102,8 @@ class Task:
     def fingerprint(self) -> str:
         """The sha256 (hex) over kind, labels and the rows of the three splits, whatever the file's format was."""
         digest = hashlib.sha256()
-        for part in ({"kind": self.kind, "labels": self.labels}, self.train, self.dev, self.test):
+        splits = (_contents(rows) for rows in (self.train, self.dev, self.test))
+        for part in ({"kind": self.kind, "labels": self.labels}, *splits):
             digest.update(json.dumps(part, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode())
             digest.update(b"\n")
         return digest.hexdigest()
@@ -121,6 +128,11 @@ class Task:
             test=_head(self.test, test),
             source=f"{self.source}; limited to {said}",
         )
+
+
+def _contents(rows: Sequence[Row]) -> Sequence[Row]:
+    """Rows with what their images hold in the place of where these lie."""
+    return [{**row, "image": digest_of(row["image"])} if "image" in row else row for row in rows]
 
 
 def _head(rows: Sequence[Row], limit: int | None) -> Sequence[Row]:

@@ -19,9 +19,11 @@ from deltatune.delta.attach import Attachment, check_fits, new_weights, refuse_c
 from deltatune.delta.bank import Bank
 from deltatune.delta.call import Call, Draw, Segment, entered, outside, recalling, segments_of, swapped, within
 from deltatune.delta.delta import Delta
+from deltatune.delta.inserted import Inserted
 from deltatune.delta.method import Spec
 from deltatune.delta.packing import Packed, offset_of, pack, unpack
-from deltatune.delta.tokens import Inserted, rewrite
+from deltatune.delta.patches import InsertedPatches
+from deltatune.delta.tokens import rewrite
 from deltatune.errors import RoutingError, UnknownName
 
 Route = str | Delta | None | Sequence["str | Delta | None"]
@@ -195,7 +197,7 @@ class Adapted(nn.Module):
             name = getattr(self.backbone, "main_input_name", "input_ids")
             kwargs, args = {name: args[0], **kwargs}, args[1:]
         call = self.call(_rows(kwargs), route) if call is None else self._checked(call, kwargs)
-        inserted: Inserted | None = None
+        inserted: Inserted | InsertedPatches | None = None
         with entered(call), self._weights(call):
             if self.bank.has_tokens:
                 kwargs = dict(kwargs)

@@ -19,6 +19,7 @@ from deltatune.delta.bank import Bank
 from deltatune.delta.call import Swap, current, outside
 from deltatune.delta.delta import Delta
 from deltatune.delta.layer import Layer, Params, WeightLayer
+from deltatune.delta.patches import Patches
 from deltatune.delta.quantised import GradientHook, let_gradients_pass, refuse_unwritable
 from deltatune.delta.tokens import own_positions
 from deltatune.errors import BackboneMismatch, RoutingError, SiteError, nearest
@@ -122,7 +123,7 @@ class RunCounter:
             call.begun[self.site.exit] = call.begun.get(self.site.exit, 0) + 1
 
 
-HOOKS = (SiteHook, RunCounter, ShiftHook, GradientHook)
+HOOKS = (SiteHook, RunCounter, ShiftHook, GradientHook, Patches)
 
 
 def _entry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -149,6 +150,11 @@ class Attachment:
                 bank.attention_sites[source.module.get_submodule(site.heads.module)] = site
             elif port == "tokens":
                 bank.has_tokens = True
+                if source.reads == "images":
+                    patches = Patches(bank, source)
+                    last = [s for s in source.anatomy.sites if s.name == "block"][-1]
+                    source.module.get_submodule(site.exit).register_forward_hook(patches.enter)
+                    source.module.get_submodule(last.exit).register_forward_hook(patches.leave)
             elif port == "weight":
                 bank.weights_key = key
             elif port == "input":

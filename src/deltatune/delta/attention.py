@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from deltatune.backbone.sites import Site
 from deltatune.delta.call import Call, current, outside
 from deltatune.delta.layer import KeyValueLayer
+from deltatune.delta.patches import over_patches
 from deltatune.errors import RoutingError, SiteError
 
 PREFIX = "deltatune_"
@@ -123,6 +124,7 @@ def _by_rows(
     mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
+    mask = over_patches(call, mask, key.shape[2])
     site = call.bank.attention_sites.get(module)
     if site is not None and call.plan.rounds((site.key, "kv")):
         key, value, mask, bias = with_prefix(call, site, module, query, key, value, mask, kwargs)

@@ -8,7 +8,6 @@ positions, so no index of theirs moves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -18,57 +17,16 @@ from torch import Tensor, nn
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.synonyms import EMBEDDED
 from deltatune.delta.call import Call, outside
+from deltatune.delta.inserted import Inserted, column_of, place
 from deltatune.delta.layer import TokenLayer
+from deltatune.delta.patches import InsertedPatches, reserve
 from deltatune.errors import RoutingError
-
-PER_TOKEN = ("logits", "last_hidden_state", "hidden_states")
-
-
-@dataclass(frozen=True)
-class Inserted:
-    """`number` positions stand in each row: where, `layout` says, or before position `at` of every row.
-
-    layout [rows, tokens + number]: which of (the text's tokens, then the added ones) stands at a position.
-    """
-
-    at: int
-    number: int
-    layout: Tensor | None = None
-
-    def between(self, text: Tensor, added: Tensor) -> Tensor:
-        """Put `added` [rows, number, ...] among `text` [rows, tokens, ...]."""
-        if self.layout is None:
-            return torch.cat([text[:, : self.at], added, text[:, self.at :]], dim=1)
-        return _taken(torch.cat([text, added], dim=1), self.layout)
-
-    @outside
-    def strip(self, output: Any, *, encoder_of_two: bool = False) -> Any:
-        """Take the inserted positions out of a model output [rows, positions, ...].
-
-        `encoder_of_two`: the output is an encoder-decoder's, and the positions are in its encoder's part.
-        """
-        prefix = "encoder_" if encoder_of_two else ""
-        for name in PER_TOKEN:
-            value = output.get(prefix + name) if hasattr(output, "get") else None
-            if isinstance(value, Tensor):
-                output[prefix + name] = self._cut(value)
-            elif isinstance(value, tuple):
-                output[prefix + name] = tuple(self._cut(v) for v in value)
-        return output
-
-    def _cut(self, value: Tensor) -> Tensor:
-        if self.layout is None:
-            return torch.cat([value[:, : self.at], value[:, self.at + self.number :]], dim=1)
-        return _taken(value, self.layout.argsort(dim=1)[:, : -self.number])
-
-
-def _taken(values: Tensor, index: Tensor) -> Tensor:
-    """Rearrange values [rows, positions, ...] by index [rows, positions wanted]."""
-    return values.take_along_dim(index.reshape(*index.shape, *[1] * (values.ndim - 2)), dim=1)
 
 
 @outside
-def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generating: bool = False) -> Inserted | None:
+def rewrite(
+    call: Call, backbone: Backbone, inputs: dict[str, Any], *, generating: bool = False
+) -> Inserted | InsertedPatches | None:
     """Put the call's tokens into `inputs` (changed in place); None if no row has any.
 
     Rows may have different numbers of tokens: what a row lacks is masked, and its positions do not move. RoutingError
@@ -78,6 +36,8 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
     if found is None:
         return None
     added, seen, own = found
+    if backbone.reads == "images":
+        return reserve(call, added, seen, own)
     cache = inputs.get("past_key_values")
     if cache is not None and not generating and cache.get_seq_length() > 0:
         raise RoutingError("the cache holds the prompt already and it would be put in again; use `generate`")
@@ -101,7 +61,7 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
     # An encoder counts its positions from the left and need not be told; generation goes on from the right.
     to_end = backbone.kind != "decoder"
     call.gathered["inserted"] = (to_end, own, length + number)
-    placed = _placed(first, seen, length, int(after), to_end=to_end and len(set(own)) > 1)
+    placed = place(first, seen, length, int(after), to_end=to_end and len(set(own)) > 1)
     between = placed.between
     inputs["attention_mask"] = between(mask, seen.to(mask))
     if backbone.kind != "encoder-decoder":
@@ -120,34 +80,13 @@ def rewrite(call: Call, backbone: Backbone, inputs: dict[str, Any], *, generatin
     inputs["inputs_embeds"] = between(embeds, added.to(embeds))
     types = inputs.get("token_type_ids")
     if types is not None:
-        inputs["token_type_ids"] = between(types, types.gather(1, _column(first, types)).expand(rows, number))
+        inputs["token_type_ids"] = between(types, types.gather(1, column_of(first, types)).expand(rows, number))
     return placed
 
 
 def _first(mask: Tensor) -> Tensor | None:
     """Return where the first token of each row stands [rows, 1]; None if no row has padding before it."""
     return None if bool(mask[:, 0].all()) else mask.bool().long().argmax(dim=1, keepdim=True)
-
-
-def _column(first: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros(len(like), 1, dtype=torch.long, device=like.device) if first is None else first
-
-
-def _placed(first: Tensor | None, seen: Tensor, length: int, skip: int, *, to_end: bool) -> Inserted:
-    """Work out where the tokens go: behind `skip` tokens from the first on.
-
-    What a row lacks of `seen` [rows, number] goes to its end (`to_end`) or before its own tokens.
-    """
-    number = seen.shape[1]
-    if first is None and not to_end:
-        return Inserted(skip, number)
-    start = _column(first, seen) + skip
-    column = torch.arange(length + number, device=seen.device).expand(len(seen), -1)
-    own = seen.sum(dim=1, keepdim=True) if to_end else number
-    added = length + number - own + column - start
-    # At the end `column - own` counts what is lacking: it stands first among the added.
-    layout = torch.where(column < start, column, torch.where(column < start + own, added, column - own))
-    return Inserted(skip, number, layout)
 
 
 def _tokens(call: Call, backbone: Backbone) -> tuple[Tensor, Tensor, list[int]] | None:
@@ -192,7 +131,7 @@ def _positions(
 ) -> tuple[Tensor, Tensor]:
     """Positions of the text [rows, tokens], moved on by each row's own number of tokens, and of the prompt."""
     base = own_positions(backbone, ids, embeds, given)
-    column = _column(first, base)
+    column = column_of(first, base)
     start = base.gather(1, column) + int(after)
     middle = start + (seen.long().cumsum(dim=1) - 1).clamp(min=0)
     behind = torch.arange(base.shape[1], device=base.device) >= column + int(after)

@@ -17,6 +17,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Row, Task
 from deltatune.delta.head import Head as SavedHead
 from deltatune.errors import TaskError
+from deltatune.heads.pixels import pixels
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Example:
 
     `target` is a class number, or one number per token position (-100: not counted), by the head. A row that takes
     several sequences (choices, windows of a long text, the texts of a pair) has the further ones in `more`. `weight` is
-    the row's in the loss. `decoder` is what a decoder is given, one token for each of the target.
+    the row's in the loss. `decoder` is what a decoder is given, one token for each of the target. An image has no ids:
+    the backbone makes `patches` positions of it, which count as tokens.
     """
 
     ids: tuple[int, ...]
@@ -35,6 +37,8 @@ class Example:
     more: tuple[Example, ...] = ()
     weight: float = 1.0
     decoder: tuple[int, ...] = ()
+    image: str | None = None
+    patches: int = 0
 
     @property
     def sequences(self) -> tuple[Example, ...]:
@@ -44,20 +48,25 @@ class Example:
     @property
     def tokens(self) -> int:
         """Tokens of all sequences, on both sides of an encoder-decoder."""
-        return sum(len(e.ids) + len(e.decoder) for e in self.sequences)
+        return sum(e._length + len(e.decoder) for e in self.sequences)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(len(e.ids) for e in self.sequences)
+        return max(e._length for e in self.sequences)
+
+    @property
+    def _length(self) -> int:
+        return len(self.ids) if self.image is None else self.patches
 
 
 @dataclass
 class Batch:
-    """Padded examples: `inputs` for the backbone (ids, mask, types: [sequences, tokens]) and the examples themselves.
+    """Padded examples: `inputs` for the backbone and the examples themselves.
 
-    Each example has one sequence or more; those of one stand together. `reference` [sequences, tokens, width] is what
-    the bare backbone gives, for heads that compare with it.
+    Inputs are ids, mask and types [sequences, tokens], or pixels [rows, channels, height, width]. Each example has one
+    sequence or more; those of one stand together. `reference` [sequences, tokens, width] is what the bare backbone
+    gives, for heads that compare with it.
     """
 
     inputs: dict[str, Tensor]
@@ -67,7 +76,12 @@ class Batch:
     @property
     def length(self) -> int:
         """Padded length in tokens."""
-        return int(self.inputs["input_ids"].shape[1])
+        return int(self.inputs["input_ids"].shape[1]) if "input_ids" in self.inputs else self.examples[0].longest
+
+    @property
+    def size(self) -> int:
+        """Tokens of all sequences, padding included."""
+        return len(self.sequences) * self.length
 
     @property
     def sequences(self) -> list[Example]:
@@ -77,7 +91,7 @@ class Batch:
     @property
     def positions(self) -> int:
         """Number of positions that a head reads: those of the decoder, where it is given something."""
-        return int(self.inputs.get("decoder_input_ids", self.inputs["input_ids"]).shape[1])
+        return int(self.inputs["decoder_input_ids"].shape[1]) if "decoder_input_ids" in self.inputs else self.length
 
     @property
     def tokens(self) -> int:
@@ -149,6 +163,9 @@ def processor_of(backbone: Backbone) -> Any:
 
 def collate(examples: Sequence[Example], backbone: Backbone, length: int | None = None) -> Batch:
     """Pad examples on the right to `length`, or to the longest of them."""
+    images = [e.image for e in examples if e.image is not None]
+    if images:
+        return Batch({"pixel_values": pixels(images, backbone)}, examples)
     length = max(e.longest for e in examples) if length is None else length
     sequences = [one for e in examples for one in e.sequences]
     pad = getattr(backbone.processor, "pad_token_id", None) or 0

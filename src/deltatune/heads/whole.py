@@ -10,7 +10,10 @@ from torch import nn
 
 from deltatune.backbone.load import Backbone
 from deltatune.errors import UserError
+from deltatune.heads.base import Batch
+from deltatune.heads.images import ImageClassification
 from deltatune.heads.language import Verbalized, Writer
+from deltatune.heads.pixels import noise
 from deltatune.heads.tokens import TokenClassification
 
 WITHOUT = "merge it without its head (--no-head): the folder then gives hidden states"
@@ -21,24 +24,27 @@ def whole(backbone: Backbone, head: nn.Module | None) -> nn.Module:
     if head is None or isinstance(head, Writer | Verbalized):  # they ask the language model itself
         return backbone.module
     if isinstance(head, TokenClassification):
-        return _token_classifier(backbone, head)
+        return _classifier("AutoModelForTokenClassification", backbone, head)
+    if isinstance(head, ImageClassification) and head.pooling == "first":
+        return _classifier("AutoModelForImageClassification", backbone, head)
     raise UserError(
         f"no class of transformers scores as {type(head).__name__} does (its classifiers pool otherwise, or have "
         f"layers of their own between); {WITHOUT}"
     )
 
 
-def _token_classifier(backbone: Backbone, head: TokenClassification) -> nn.Module:
-    from transformers import AutoModelForTokenClassification
+def _classifier(auto: str, backbone: Backbone, head: TokenClassification | ImageClassification) -> nn.Module:
+    import transformers
 
     config: Any = copy.deepcopy(backbone.module.config)
     config.num_labels = len(head.labels)
     config.id2label = dict(enumerate(head.labels))
     config.label2id = {label: i for i, label in enumerate(head.labels)}
     try:
-        model = AutoModelForTokenClassification.from_config(config).to(backbone.dtype)
+        model = getattr(transformers, auto).from_config(config).to(backbone.dtype)
     except ValueError as error:
-        raise UserError(f"transformers has no token classifier for {config.model_type!r}; {WITHOUT}") from error
+        what = auto.removeprefix("AutoModelFor")
+        raise UserError(f"transformers has no {what} for {config.model_type!r}; {WITHOUT}") from error
     trunk = getattr(backbone.module, "base_model", backbone.module)
     lacking = model.base_model.load_state_dict(trunk.state_dict(), strict=False).missing_keys
     inside = {id(module) for module in model.base_model.modules()}
@@ -51,4 +57,15 @@ def _token_classifier(backbone: Backbone, head: TokenClassification) -> nn.Modul
         own[0].weight.copy_(head.linear.weight)
         own[0].bias.copy_(head.linear.bias)
     made: nn.Module = model.eval()
+    if isinstance(head, ImageClassification) and not _scores_alike(backbone, head, made):
+        raise UserError(f"{type(model).__name__} of transformers pools otherwise than the head does; {WITHOUT}")
     return made
+
+
+@torch.no_grad()
+def _scores_alike(backbone: Backbone, head: ImageClassification, made: nn.Module) -> bool:
+    """Whether both give the same on images of noise: classifiers of images pool in many ways, with equal shapes."""
+    batch = Batch({"pixel_values": noise(2, backbone)}, ())
+    wanted = head.scores(backbone.trunk(**batch.inputs).last_hidden_state, batch, backbone)
+    found = made(**batch.inputs).logits
+    return bool((found - wanted).abs().max() <= 1e-3 * wanted.abs().max())

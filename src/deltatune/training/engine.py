@@ -71,7 +71,7 @@ class Engine:
                 self._update(job)
             spent = time.perf_counter() - started
             self.stepping += spent
-            sizes = [batches[job.name].inputs["input_ids"].numel() for job in group]
+            sizes = [batches[job.name].size for job in group]
             for job, size in zip(group, sizes, strict=True):
                 job.tokens += size
                 job.seconds += spent * size / sum(sizes)

@@ -32,7 +32,7 @@ def estimate(engine: Engine) -> Estimate:
     started, seen = time.perf_counter(), 0
     for group in engine.groups(jobs):
         batches = [batch_of(job, engine.backbone) for job in group]
-        seen += sum(b.inputs["input_ids"].numel() for b in batches)
+        seen += sum(b.size for b in batches)
         losses = engine.losses(group, batches)
         if any(loss.requires_grad for loss in losses):
             sum(losses[1:], losses[0]).backward()

@@ -71,7 +71,7 @@ def predict_many(
 
 def _hidden(adapted: Adapted, names: Sequence[str | None], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Hidden states of the same rows under each delta; those that change the weights run by themselves."""
-    rows = len(inputs["input_ids"])
+    rows = len(next(iter(inputs.values())))
     heavy = {name for name in names if name is not None and _changes_weights(adapted.bank[name])}
     found: dict[str | None, torch.Tensor] = {}
     light: list[str | None] = list(dict.fromkeys(name for name in names if name not in heavy))
@@ -82,7 +82,7 @@ def _hidden(adapted: Adapted, names: Sequence[str | None], inputs: dict[str, tor
             continue
         segments = tuple(Segment(name, rows) for name in group)
         call = adapted.routed(segments)
-        repeated = {key: value.repeat(len(group), 1) for key, value in inputs.items()}
+        repeated = {key: value.repeat(len(group), *[1] * (value.ndim - 1)) for key, value in inputs.items()}
         hidden = adapted.encode(repeated, call=call)
         found.update(zip(group, hidden.split(rows), strict=True))
     return [found[name] for name in names]

@@ -20,8 +20,9 @@ class Prompt(Method):
 
     E(x) <- [P; E(x)], with P [n, d]; BERT-likes get P after their first token. Parameters: n d. At inference every row
     is n tokens longer; it cannot be merged. Start: embeddings of tokens drawn from the vocabulary; not the identity. It
-    needs many steps and a high rate, and is weak on small models. Source: Lester et al. 2021, The Power of Scale for
-    Parameter-Efficient Prompt Tuning, arXiv:2104.08691.
+    needs many steps and a high rate, and is weak on small models. Among an image's patches it is the shallow form of
+    Jia et al. 2022, Visual Prompt Tuning, arXiv:2203.12119, and starts uniform as there. Source: Lester et al. 2021,
+    The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv:2104.08691.
     """
 
     family: ClassVar[Family] = "addition"
@@ -35,6 +36,13 @@ class Prompt(Method):
         return PromptLayer(site, self.n)
 
     def initialise(self, layer: Layer, site: Site, backbone: Backbone, generator: torch.Generator) -> None:
+        if backbone.reads == "images":
+            modules = backbone.module.get_submodule(site.exit).modules()
+            patch = next(module for module in modules if isinstance(module, torch.nn.Conv2d))
+            bound = (6 / (patch.weight[0].numel() + site.d_out)) ** 0.5
+            with torch.no_grad():
+                layer.get_parameter("prompt").uniform_(-bound, bound, generator=generator)
+            return
         table = read_weight(backbone.embeddings, "weight")
         rows = torch.randint(len(table), (self.n,), generator=generator)
         with torch.no_grad():

@@ -1,0 +1,79 @@
+"""Where the call rewriter put trained tokens, and how to take their positions out again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltatune.delta.call import outside
+
+PER_TOKEN = ("logits", "last_hidden_state", "hidden_states")
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """`number` positions stand in each row: where, `layout` says, or before position `at` of every row.
+
+    layout [rows, tokens + number]: which of (the text's tokens, then the added ones) stands at a position.
+    """
+
+    at: int
+    number: int
+    layout: Tensor | None = None
+
+    def between(self, text: Tensor, added: Tensor) -> Tensor:
+        """Put `added` [rows, number, ...] among `text` [rows, tokens, ...]."""
+        if self.layout is None:
+            return torch.cat([text[:, : self.at], added, text[:, self.at :]], dim=1)
+        return _taken(torch.cat([text, added], dim=1), self.layout)
+
+    @outside
+    def strip(self, output: Any, *, encoder_of_two: bool = False) -> Any:
+        """Take the inserted positions out of a model output [rows, positions, ...].
+
+        `encoder_of_two`: the output is an encoder-decoder's, and the positions are in its encoder's part.
+        """
+        prefix = "encoder_" if encoder_of_two else ""
+        for name in PER_TOKEN:
+            value = output.get(prefix + name) if hasattr(output, "get") else None
+            if isinstance(value, Tensor) and value.ndim > 2:  # a classifier's logits [rows, labels] have no positions
+                output[prefix + name] = self.cut(value)
+            elif isinstance(value, tuple):
+                output[prefix + name] = tuple(self.cut(v) for v in value)
+        return output
+
+    def cut(self, value: Tensor) -> Tensor:
+        """Take the inserted positions out of [rows, positions, ...]."""
+        if self.layout is None:
+            return torch.cat([value[:, : self.at], value[:, self.at + self.number :]], dim=1)
+        return _taken(value, self.layout.argsort(dim=1)[:, : -self.number])
+
+
+def _taken(values: Tensor, index: Tensor) -> Tensor:
+    """Rearrange values [rows, positions, ...] by index [rows, positions wanted]."""
+    return values.take_along_dim(index.reshape(*index.shape, *[1] * (values.ndim - 2)), dim=1)
+
+
+def place(first: Tensor | None, seen: Tensor, length: int, skip: int, *, to_end: bool) -> Inserted:
+    """Work out where the tokens go: behind `skip` tokens from the first on.
+
+    What a row lacks of `seen` [rows, number] goes to its end (`to_end`) or before its own tokens.
+    """
+    number = seen.shape[1]
+    if first is None and not to_end:
+        return Inserted(skip, number)
+    start = column_of(first, seen) + skip
+    column = torch.arange(length + number, device=seen.device).expand(len(seen), -1)
+    own = seen.sum(dim=1, keepdim=True) if to_end else number
+    added = length + number - own + column - start
+    # At the end `column - own` counts what is lacking: it stands first among the added.
+    layout = torch.where(column < start, column, torch.where(column < start + own, added, column - own))
+    return Inserted(skip, number, layout)
+
+
+def column_of(first: Tensor | None, like: Tensor) -> Tensor:
+    """Return where the first token of each row stands [rows, 1]; `first` is None where that is at the front of all."""
+    return torch.zeros(len(like), 1, dtype=torch.long, device=like.device) if first is None else first

@@ -1,0 +1,105 @@
+"""Tokens among an image's patches: the call rewriter where the input is pixels, which take none.
+
+Source: shallow visual prompt tuning, Jia et al. 2022, Visual Prompt Tuning, arXiv:2203.12119, which puts them after the
+token for the whole image, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.backbone.load import Backbone
+from deltatune.delta.bank import Bank
+from deltatune.delta.call import Call, current, outside
+from deltatune.delta.inserted import place
+from deltatune.errors import SiteError
+
+BEHIND = 1  # positions that stand before the prompt: the token for the whole image
+TOKENS, AMONG = "tokens of images", "patches"  # in the call, before and after the embeddings
+BIASED = ("use_relative_position_bias", "use_shared_relative_position_bias")
+
+
+def reserve(call: Call, added: Tensor, seen: Tensor, own: list[int]) -> InsertedPatches:
+    """Leave the tokens [rows, number, width] in the call for `Patches`; `seen` [rows, number] says which are real."""
+    call.gathered["inserted"] = (True, own)
+    call.gathered[TOKENS] = (added, seen)
+    return InsertedPatches(call)
+
+
+@dataclass(frozen=True)
+class InsertedPatches:
+    """Positions that `Patches` has taken out of the last block's output already."""
+
+    call: Call
+
+    @outside
+    def strip(self, output: Any, *, encoder_of_two: bool = False) -> Any:
+        """Take the inserted positions out of the hidden states of the blocks before the last."""
+        states = output.get("hidden_states") if hasattr(output, "get") else None
+        if states is not None:
+            cut = self.call.gathered[AMONG][0].cut
+            output["hidden_states"] = tuple(cut(v) if v.shape[1] == states[0].shape[1] else v for v in states)
+        return output
+
+
+class Patches:
+    """Puts the call's tokens among the patches before the first block, and takes them out after the last.
+
+    So whatever pools or reads the last block's output never sees them.
+    """
+
+    def __init__(self, bank: Bank, source: Backbone) -> None:
+        self.bank = bank
+        config: Any = getattr(source.module, "config", None)
+        whole = all(site.heads is not None for site in source.anatomy.sites if site.name == "attn")
+        if not source.class_token or not whole or any(getattr(config, name, False) for name in BIASED):
+            raise SiteError(
+                f"{source.name!r} takes no prompt: one stands after a token for the whole image, in attention that "
+                f"sees all positions and has no bias between patches; take another method"
+            )
+
+    @outside
+    def enter(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Put the tokens into the embeddings [rows, positions, width]."""
+        call = self._call()
+        if call is None:
+            return None
+        added, seen = call.gathered[TOKENS]
+
+        def put(h: Tensor) -> Tensor:
+            among = place(None, seen, h.shape[1], BEHIND, to_end=not bool(seen.all()))
+            call.gathered[AMONG] = (among, among.between(seen.new_ones(h.shape[:2]), seen))
+            return among.between(h, added.to(h))
+
+        return _first(output, put)
+
+    @outside
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Take them out of the last block's output."""
+        call = self._call()
+        return None if call is None else _first(output, call.gathered[AMONG][0].cut)
+
+    def _call(self) -> Call | None:
+        call = current()
+        return call if call is not None and call.bank is self.bank and TOKENS in call.gathered else None
+
+
+def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A module's output with its tensor, or the first of several, changed."""
+    return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
+
+
+def over_patches(call: Call, mask: Tensor | None, keys: int) -> Tensor | None:
+    """Return an attention mask without the prompts that rows of images lack of their neighbours'."""
+    seen: Tensor | None = call.gathered.get(AMONG, (None, None))[1]
+    if seen is None or seen.shape[1] != keys or bool(seen.all()):
+        return mask
+    seen = seen[:, None, None, :]
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
