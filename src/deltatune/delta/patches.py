@@ -26,8 +26,7 @@ BIASED = ("use_relative_position_bias", "use_shared_relative_position_bias")
 
 def reserve(call: Call, added: Tensor, seen: Tensor, own: list[int]) -> InsertedPatches:
     """Leave the tokens [rows, number, width] in the call for `Patches`; `seen` [rows, number] says which are real."""
-    call.gathered["inserted"] = (True, own)
-    call.gathered[TOKENS] = (added, seen)
+    call.gathered[TOKENS] = (added, seen, own)
     return InsertedPatches(call)
 
 
@@ -69,11 +68,12 @@ class Patches:
         call = self._call()
         if call is None:
             return None
-        added, seen = call.gathered[TOKENS]
+        added, seen, own = call.gathered[TOKENS]
 
         def put(h: Tensor) -> Tensor:
             among = place(None, seen, h.shape[1], BEHIND, to_end=not bool(seen.all()))
             call.gathered[AMONG] = (among, among.between(seen.new_ones(h.shape[:2]), seen))
+            call.gathered["inserted"] = (True, own, h.shape[1] + seen.shape[1])
             return among.between(h, added.to(h))
 
         return _first(output, put)
