@@ -44,6 +44,14 @@ def test_positions_are_those_that_the_backbone_counts_itself(family: str) -> Non
         assert torch.equal(own_positions(model(family), given, like, None), wanted.expand(2, -1))
 
 
+def test_positions_behind_a_cache_go_on() -> None:
+    embeddings: Any = model("roberta").module.embeddings
+    padding = embeddings.padding_idx
+    ids = torch.tensor([[5, 6, 7], [9, padding, padding]])
+    wanted = embeddings.create_position_ids_from_input_ids(ids, padding, 4)
+    assert torch.equal(own_positions(model("roberta"), ids, ids[..., None], None, 4), wanted)
+
+
 @pytest.mark.parametrize("text", ["adapter(m=3)", "parallel_adapter(m=3)"])
 def test_a_span_of_attention_begins_where_rows_come_and_no_table_does(text: str) -> None:
     spans = [site for site in model("deberta-v2").anatomy.sites if site.name == "attn"]
