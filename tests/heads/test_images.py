@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from deltatune.data.task import Task
 from deltatune.delta.adapted import Adapted
 from deltatune.errors import TaskError, UserError
 from deltatune.heads import pixels as reading
+from deltatune.heads.base import collate
 from deltatune.heads.choose import head_for
 from deltatune.heads.images import ImageClassification
 from deltatune.heads.pixels import noise, pixels
 from deltatune.heads.whole import whole
+from deltatune.studies.failures import confusion
 from deltatune.training.evaluate import predict
 from deltatune.training.fit import fit_plans
 from deltatune.training.job import Plan
@@ -77,7 +80,10 @@ def test_of_a_pair_of_networks_the_one_for_images_is_loaded(tmp_path: Path) -> N
 
 def test_methods_of_every_kind_fit_together_as_alone(tmp_path: Path) -> None:
     backbone = dt.load(saved(tmp_path, "vit"))
-    specs = [dt.LoRA(r=2), dt.Adapter(m=4), dt.BitFit(), dt.Prefix(n=2), dt.Prompt(n=3), dt.Prompt(n=2) | dt.LoRA(r=2)]
+    specs = [
+        dt.LoRA(r=2), dt.Adapter(m=4), dt.BitFit(), dt.Prefix(n=2), dt.Prompt(n=3),
+        dt.Prompt(n=2) | dt.LoRA(r=2, dropout=0.3),
+    ]  # fmt: skip
     plans = [Plan(spec, task("b" if n % 2 else "a", 10 * (n % 2)), 0, QUICK) for n, spec in enumerate(specs)]
     together = fit_plans(backbone, plans)
     for plan, made in zip(plans, together, strict=True):
@@ -87,6 +93,52 @@ def test_methods_of_every_kind_fit_together_as_alone(tmp_path: Path) -> None:
         assert made.curve[-1].loss == pytest.approx(alone.curve[-1].loss, abs=1e-4)
         start = dt.Delta.build(plan.spec, backbone, seed=0, name="start").state_dict()
         assert any(not torch.equal(ours[name], value) for name, value in start.items())
+
+
+def test_rows_and_classes_weigh_as_those_of_texts_do(tmp_path: Path) -> None:
+    backbone = dt.load(saved(tmp_path, "vit"))
+    data = task()
+    rows = [{**row, "weight": 3.0 if row["label"] == "light" else 1.0} for row in data.train]
+    head = head_for(data, backbone, 0)
+    plain, weighted = (collate(head.encode(given, backbone, 64), backbone) for given in (data.train, rows))
+    hidden = backbone.trunk(**plain.inputs).last_hidden_state
+    with torch.no_grad():
+        bare, by_row = (float(head.loss(hidden, batch, backbone)) for batch in (plain, weighted))
+        head.class_weights = (1.0, 3.0)
+        assert abs(by_row - bare) > 1e-4
+        assert float(head.loss(hidden, plain, backbone)) == pytest.approx(by_row, rel=1e-6)
+    probed = dataclasses.replace(QUICK, steps=1, probe=True)
+    chances = []
+    for weights in ({"dark": 50.0}, {"light": 50.0}):
+        settings = dataclasses.replace(probed, class_weights=weights)
+        found = fit_plans(backbone, [Plan(dt.Head(), data, 0, settings)])[0].test
+        assert found is not None
+        answers = zip(found.values, found.confidence, strict=True)
+        chances.append(sum(sure if label == "light" else 1 - sure for label, sure in answers) / len(data.test))
+    assert chances[0] + 0.02 < chances[1]
+
+
+def test_labels_may_be_added_to_a_head_of_images(tmp_path: Path) -> None:
+    backbone = dt.load(saved(tmp_path / "network", "vit"))
+    delta = fit_plans(backbone, [Plan(dt.LoRA(r=2), task(), 0, QUICK)])[0].delta
+    assert isinstance(delta.head, ImageClassification)
+    batch = collate(delta.head.encode(task().test, backbone, 64), backbone)
+    hidden = backbone.trunk(**batch.inputs).last_hidden_state
+    before = delta.head.scores(hidden, batch, backbone)
+    delta.add_labels(["grey"])
+    delta.save(tmp_path / "out")
+    head = dt.Delta.load(tmp_path / "out", backbone).head
+    assert isinstance(head, ImageClassification) and head.labels == ("dark", "light", "grey")
+    after = head.scores(hidden, batch, backbone)
+    assert after.shape == (20, 3) and torch.equal(after[:, :2], before)
+
+
+def test_a_result_names_images_shortly_and_has_their_confusion(tmp_path: Path) -> None:
+    backbone = dt.load(saved(tmp_path, "vit"))
+    made = dt.fit(backbone, dt.LoRA(r=2), task(), **dataclasses.asdict(QUICK)).results[0]
+    assert {len(row["input"]) for row in made["examples"]} == {len("image ") + 12}
+    confused = confusion(made, made["chosen"])
+    assert confused is not None and sum(map(sum, confused.counts)) == 20
 
 
 def test_pixels_are_what_the_processor_gives_whatever_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

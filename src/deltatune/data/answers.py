@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from deltatune.data.images import named
 from deltatune.data.spans import squad_match
 from deltatune.data.split import as_text
 from deltatune.data.task import INPUTS, NUMBERS, Kind, Row
@@ -41,11 +42,13 @@ def within(kind: Kind, golds: Sequence[float]) -> float | None:
 
 
 def inputs_written(kind: Kind, row: Row) -> list[str]:
-    """Return the inputs of a row as texts, choices with their numbers."""
+    """Return the inputs of a row as texts, choices with their numbers, an image by its file or its digest."""
     texts = []
     for field in INPUTS[kind]:
         if field == "choices":
             texts += [f"({i}) {choice}" for i, choice in enumerate(row[field])]
+        elif field == "image":
+            texts.append(named(row[field]))
         elif field in row:
             texts.append(as_text(row[field]))
     return texts

@@ -47,6 +47,11 @@ def digest_of(image: str) -> str:
         raise TaskError(f"image {image[:80]!r} cannot be read: {error}") from error
 
 
+def named(image: str) -> str:
+    """Return how an image is called where one has to do with a line: its path, or the start of its digest."""
+    return f"image {digest_of(image)[:12]}" if image.startswith(INLINE) else image
+
+
 def inline(image: Image) -> str:
     """Return an image as a data URI of a PNG file."""
     stream = io.BytesIO()

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from deltatune.data.answers import within
 from deltatune.data.intervals import Interval, bootstrap_paired
 from deltatune.data.spans import squad_match
-from deltatune.data.task import NUMBERS
+from deltatune.data.task import LABELLED, NUMBERS
 from deltatune.studies.comparison import leader, ordered
 from deltatune.studies.schema import Example, Result
 
 MOST_LABELS = 12
+CONFUSED = tuple(kind for kind in LABELLED if kind != "multi_label")
+"""Kinds with one label a row or a word, of which gold and predicted make a matrix."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def confusion(result: Result, delta: str) -> Confusion | None:
 
     With more than 12 labels only 12 that are most confused with each other are kept, in the order of the task.
     """
-    if result["task"]["kind"] not in ("classification", "pair_classification", "token_classification"):
+    if result["task"]["kind"] not in CONFUSED:
         return None
     cells: Counter[tuple[str, str]] = Counter()
     for example in predicted_by(result, delta):

@@ -115,7 +115,7 @@ class _Page:
         self.second = two[1] if len(two) > 1 else None
         self.kind = result["task"]["kind"]
         self.near, self.right = failures.tolerance(result), failures.judge(result)
-        self.has_confusion = self.kind in ("classification", "pair_classification", "token_classification")
+        self.has_confusion = self.kind in failures.CONFUSED
         self.baselines = {
             baseline["name"]: {
                 split: dict(comparison.baseline_scores(result, split)).get(baseline["name"])
