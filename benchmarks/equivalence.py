@@ -27,7 +27,8 @@ from deltatune.data.task import Task
 from deltatune.heads.base import Batch, Example, collate
 from deltatune.methods.reparameterization.lora import LoRA
 from deltatune.training.fit import fit_plans
-from deltatune.training.job import HEAD_LR, Job, Plan, make_jobs
+from deltatune.training.groups import HEAD_LR
+from deltatune.training.job import Job, Plan, make_jobs
 from deltatune.training.settings import Settings, rate
 
 NAME = "equivalence"

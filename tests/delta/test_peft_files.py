@@ -34,12 +34,12 @@ def computed(model: nn.Module, family: str) -> Tensor:
 
 
 def same(ours: Delta, theirs: nn.Module, family: str, backbone: Backbone) -> None:
-    """Demand equal outputs to 1e-6 of their norm, and that the delta does something."""
+    """Demand equal outputs to 5e-6 of their norm (float32, summed in another order), and that the delta does something."""
     with adapt(backbone, ours) as adapted:
         first = computed(adapted, family)
     bare, second = computed(tiny(family), family), computed(theirs.eval(), family)
     assert float((bare - second).abs().max()) > 1e-3
-    assert float((first - second).norm() / second.norm()) < 1e-6
+    assert float((first - second).norm() / second.norm()) < 5e-6
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
 
 

@@ -105,13 +105,13 @@ class Writer(SpanningLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gain = constant((1,), 0.0)
+        self.strength = constant((1,), 0.0)
 
     def span(
         self, p: Params, x: Tensor | None, h: Tensor, read: Mapping[str, Tensor]
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         assert x is not None
-        return h, {"mean": x.mean(dim=(1, 2), keepdim=True) * p.gain[0]}
+        return h, {"mean": x.mean(dim=(1, 2), keepdim=True) * p.strength[0]}
 
 
 class Reader(SpanningLayer):
