@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shlex
 import sys
@@ -21,6 +22,9 @@ from deltatune.errors import DeltaExpressionError, DeltatuneError, Interrupted, 
 
 # What the machine or its owner says no to: no fault of this program, and a traceback would not help.
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+
+# What transformers imports where it is installed, and what that says of torch and of kernels for GPUs.
+TALKATIVE = ("torchao", "torch.utils._pytree")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -69,6 +73,8 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without our characters is no fault
