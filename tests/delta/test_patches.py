@@ -33,6 +33,10 @@ def deltas(backbone: Backbone) -> list[Delta]:
     ]
 
 
+def hooks(backbone: Backbone) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in backbone.module.modules())
+
+
 def by_hand(backbone: Backbone, prompt: Tensor) -> Tensor:
     """The last hidden states with a prompt after the first position, by a plain hook on a copy of the network."""
     module = copy.deepcopy(backbone.module)
@@ -65,6 +69,7 @@ def test_a_visual_prompt_is_what_it_is_by_hand(family: str) -> None:
 def test_rows_with_other_prompts_and_none_share_a_batch(family: str) -> None:
     backbone = Backbone(network(family))
     bare = backbone.module(pixel_values=pictures(), output_hidden_states=True)
+    held = hooks(backbone)
     with Adapted(backbone, deltas(backbone)) as adapted:
         mixed = adapted(pixel_values=pictures(), deltas=ROWS, output_hidden_states=True)
         for row, name in enumerate(ROWS):
@@ -72,6 +77,7 @@ def test_rows_with_other_prompts_and_none_share_a_batch(family: str) -> None:
             for part in ("last_hidden_state", "pooler_output"):
                 torch.testing.assert_close(mixed[part][row], alone[part][row], rtol=1e-4, atol=1e-4)
         assert [h.shape for h in mixed.hidden_states] == [h.shape for h in bare.hidden_states]
+    assert hooks(backbone) == held  # those by which transformers records hidden states
     after = backbone.module(pixel_values=pictures()).last_hidden_state
     assert torch.equal(after, bare.last_hidden_state)
 
