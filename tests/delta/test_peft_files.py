@@ -40,7 +40,7 @@ def same(ours: Delta, theirs: nn.Module, family: str, backbone: Backbone) -> Non
     bare, second = computed(tiny(family), family), computed(theirs.eval(), family)
     assert float((bare - second).abs().max()) > 1e-3
     assert float((first - second).norm() / second.norm()) < 5e-6
-    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=5e-5)
 
 
 def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -55,6 +55,7 @@ def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def theirs_in(folder: Path, family: str, config: Any, seed: int = 0) -> nn.Module:
     """Save what PEFT makes of a config into a folder."""
+    torch.manual_seed(seed)
     model = stirred(peft.get_peft_model(tiny(family), config), seed)
     model.save_pretrained(str(folder))
     return model

@@ -20,10 +20,13 @@ ROUTES: tuple[tuple[str | None, ...], ...] = (
     ("one",) * 4, ("two",) * 4, ("one", "one", "two", "two"), ("one", "two", "two", "two"), ("two", None, "one", "two"),
     (None,) * 4,
 )  # fmt: skip
-SIZES: tuple[tuple[str | None, ...], ...] = (("one",) * 3, ("two", "one"), ("one", "two", "one", None, "two"))
+# Other numbers of rows, one delta's and mixed.
+SIZES: tuple[tuple[str | None, ...], ...] = (
+    ("one",) * 3, ("two", "one"), ("one", "two", "one", None, "two"), ("one",) * 5,
+)  # fmt: skip
 # Other routings of the same numbers of rows.
 OTHERS: tuple[tuple[str | None, ...], ...] = (
-    ("two", "two", "two", "one"), (None, "one", "two"), ("two", "two"), ("one",) * 5, ("two", "one", None, "one", "one"),
+    ("two", "two", "two", "one"), (None, "one", "two"), ("two", "two"), ("two",) * 5, ("two", "one", None, "one", "one"),
 )  # fmt: skip
 
 

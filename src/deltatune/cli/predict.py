@@ -25,7 +25,10 @@ EXAMPLE = (
     'deltatune predict best/ "Arrived broken."\ndeltatune predict best/ new.csv --columns text=review --out answers.csv'
 )
 FORMATS = (".csv", ".jsonl")
-NAMED = {"generation": "prediction", "chat": "prediction", "embedding": "embedding", "preference": "margin"}
+NAMED = {
+    "generation": "prediction", "chat": "prediction", "extractive_span": "answer", "embedding": "embedding",
+    "preference": "margin",
+}  # fmt: skip
 UNSURE = ("prediction", "value", "embedding")
 LONGEST = 100  # characters of an input in the table
 

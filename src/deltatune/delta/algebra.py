@@ -121,12 +121,12 @@ def _weighted(delta: Delta, weight: float) -> Delta:
         return made
     done: set[int] = set()
     for site, layer in made.at_sites():
-        if not layer.gain:
+        if not layer.proportional:
             raise UserError(
                 f"the effect of {delta.name!r} at {site.key} is not proportional to any of its parameters, so it "
                 f"cannot be multiplied by {weight:g}; route it with that weight instead"
             )
-        for name in layer.gain:
+        for name in layer.proportional:
             parameter = layer.get_parameter(name)
             if id(parameter) not in done:  # a tied one stands at several sites
                 done.add(id(parameter))

@@ -37,7 +37,7 @@ class Layer(nn.Module):
     scalable          a weight other than 0 and 1 has a meaning: h + w * (forward(x, h) - h)
     mergeable         the effect is a change of the weights
     linear            how the effect depends on the parameters: linear, bilinear or neither
-    gain              parameters to which the effect is proportional, counted from `neutral`, where they do nothing
+    proportional      parameters to which the effect is proportional, counted from `neutral`, where they do nothing
     additive          the effect does not depend on what is at the site: h + f(x)
     positionwise      every position by itself; else forward gets whole rows [rows, positions, width] of one delta
     """
@@ -49,7 +49,7 @@ class Layer(nn.Module):
     scalable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
     linear: ClassVar[Literal["linear", "bilinear", "no"]] = "no"
-    gain: ClassVar[tuple[str, ...]] = ()
+    proportional: ClassVar[tuple[str, ...]] = ()
     neutral: ClassVar[float] = 0.0
     additive: ClassVar[bool] = False
     positionwise: ClassVar[bool] = True

@@ -139,21 +139,23 @@ def scales_as_declared(subject: Subject) -> None:
 
 
 def weighs_as_declared(subject: Subject) -> None:
-    """The effect is proportional to the parameters in `gain`, and `additive` says whether h has a part in it."""
+    """The effect is proportional to the parameters in `proportional`, and `additive` says whether h has a part in it."""
     backbone = subject.fresh()
     draw = torch.Generator().manual_seed(0)
     for site, layer in made(subject.spec, backbone).at_sites():
         if layer.port not in ("output", "input") or isinstance(layer, SpanningLayer):
-            demand(not layer.gain and not layer.additive, f"{site.key}: nothing of it can be weighed")
+            demand(not layer.proportional and not layer.additive, f"{site.key}: nothing of it can be weighed")
             continue
         width = site.d_in if layer.port == "input" else site.d_out
         x, h, other = (torch.randn(1, 4, w, generator=draw, dtype=torch.float64) for w in (site.d_in, width, width))
         entry, params = x if layer.reads_input else None, own_params(layer, torch.float64)
         whole = layer(params, entry, h) - h
-        if layer.gain:
-            moved = {name: layer.neutral + 0.25 * (getattr(params, name) - layer.neutral) for name in layer.gain}
+        if layer.proportional:
+            moved = {
+                name: layer.neutral + 0.25 * (getattr(params, name) - layer.neutral) for name in layer.proportional
+            }
             part = layer(Params(vars(params) | moved), entry, h) - h
-            agree(part, 0.25 * whole, f"a quarter of {layer.gain} at {site.key}")
+            agree(part, 0.25 * whole, f"a quarter of {layer.proportional} at {site.key}")
         same = torch.allclose(layer(params, entry, other) - other, whole, rtol=1e-9, atol=1e-9)
         demand(same == layer.additive, f"{site.key}: declared additive={layer.additive}, found {same}")
 

@@ -36,7 +36,7 @@ class AdapterLayer(Layer):
     """U gelu(D h + b) + c, added to h."""
 
     reads_input: ClassVar[bool] = False
-    gain: ClassVar[tuple[str, ...]] = ("up", "up_bias")
+    proportional: ClassVar[tuple[str, ...]] = ("up", "up_bias")
 
     def __init__(self, site: Site, m: int, generator: torch.Generator) -> None:
         super().__init__()

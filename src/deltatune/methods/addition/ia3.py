@@ -40,7 +40,7 @@ class ScaleOutput(Layer):
     reads_input: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
     linear: ClassVar[Literal["linear", "bilinear", "no"]] = "linear"
-    gain: ClassVar[tuple[str, ...]] = ("scale",)
+    proportional: ClassVar[tuple[str, ...]] = ("scale",)
     neutral: ClassVar[float] = 1.0
 
     def __init__(self, width: int) -> None:

@@ -41,7 +41,7 @@ class ParallelAdapter(Method):
 class ParallelAdapterLayer(Layer):
     """s U relu(D x + b) + c, added to h."""
 
-    gain: ClassVar[tuple[str, ...]] = ("up", "up_bias")
+    proportional: ClassVar[tuple[str, ...]] = ("up", "up_bias")
     additive: ClassVar[bool] = True
 
     def __init__(self, site: Site, m: int, scale: float, generator: torch.Generator) -> None:

@@ -40,7 +40,7 @@ class LoRALayer(Layer):
 
     mergeable: ClassVar[bool] = True
     linear: ClassVar[Literal["linear", "bilinear", "no"]] = "bilinear"
-    gain: ClassVar[tuple[str, ...]] = ("B",)
+    proportional: ClassVar[tuple[str, ...]] = ("B",)
     additive: ClassVar[bool] = True
 
     def __init__(self, site: Site, r: int, scale: float, dropout: float, generator: torch.Generator) -> None:

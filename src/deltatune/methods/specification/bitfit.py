@@ -43,7 +43,7 @@ class BiasLayer(Layer):
     reads_input: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
     linear: ClassVar[Literal["linear", "bilinear", "no"]] = "linear"
-    gain: ClassVar[tuple[str, ...]] = ("bias",)
+    proportional: ClassVar[tuple[str, ...]] = ("bias",)
     additive: ClassVar[bool] = True
 
     def __init__(self, width: int) -> None:
