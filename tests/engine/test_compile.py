@@ -79,7 +79,8 @@ def test_compiled_is_uncompiled_and_no_routing_compiles_again(text: str, family:
     found = [run(route) for route in (ROUTES[:2] if not mixes else ROUTES[:-1] if "prompt" in text else ROUTES)]
     assert set(found) == {found[0]} and found[0] > 0
     # Where a number of rows became a variable, a graph may come apart; then there are as many as there will be.
-    most = [run(route) for route in (SIZES if mixes else SIZES[:1])][-1]
+    settling = SIZES + OTHERS if family == "t5" else SIZES  # with two stacks it takes longer
+    most = [run(route) for route in (settling if mixes else SIZES[:1])][-1]
     assert most <= 3 * found[0]
     assert {run(route) for route in (OTHERS if mixes else ROUTES[:1])} == {most}
 

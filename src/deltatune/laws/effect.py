@@ -139,7 +139,7 @@ def scales_as_declared(subject: Subject) -> None:
 
 
 def weighs_as_declared(subject: Subject) -> None:
-    """The effect is proportional to the parameters in `proportional`, and `additive` says whether h has a part in it."""
+    """The effect is proportional to what the layer says it is, and `additive` says whether h has a part in it."""
     backbone = subject.fresh()
     draw = torch.Generator().manual_seed(0)
     for site, layer in made(subject.spec, backbone).at_sites():
