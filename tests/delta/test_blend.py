@@ -70,12 +70,11 @@ def test_at_a_share_of_the_energy_it_takes_the_least_rank_that_keeps_it() -> Non
         assert float(values[: rank - 1].sum() / values.sum()) < 0.9
 
 
-@pytest.mark.parametrize("how", BLENDS)
+# Breadcrumbs always drop the outliers, whatever the density.
+@pytest.mark.parametrize("how", [how for how in BLENDS if "breadcrumbs" not in how])
 def test_a_blend_of_one_delta_that_keeps_everything_is_that_delta(how: str) -> None:
     on = backbone("bert", torch.float64)
     one = delta(on, "lora(r=2)", 0)
-    if "breadcrumbs" in how:
-        pytest.skip("it always drops outliers" if BLENDS[how].density < 1 else "")
     wanted, found = changes(on, one), changes(on, blend([one], on, how, density=1.0))
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-9)

@@ -85,6 +85,22 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {t.state for t in made} == {"done", "nan"}
 
 
+def test_a_broken_off_training_is_no_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(f"file://{tmp_path}/ml")
+
+    def stop(jobs: object, event: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), tracking("mlflow", stop) as listener:
+        fit_plans(backbone(), PLANS[:1], listener=listener)
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("deltatune").experiment_id])
+    assert run.info.status == "FAILED"
+
+
 def chunks(log: bytes) -> Iterator[bytes]:
     """Records of a log of LevelDB's form: blocks of 32 KiB; a chunk is crc [4], size [2], type [1], bytes."""
     whole, at, block = b"", 7, 32768  # after a header of 7 bytes

@@ -83,7 +83,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     if not stacks:
         raise BackboneError(
             f"no stack of transformer blocks found in {type(model).__name__}: expected a ModuleList of blocks with "
-            f"attention projections (q, k, v); give modules by name for other networks"
+            f"attention projections (q, k, v); other networks cannot be adapted"
         )
     sites: list[Site] = []
     for stack, blocks in stacks.items():

@@ -95,7 +95,7 @@ class Backbone:
             self.name,
             {
                 "network": f"{type(self.module).__name__}, {self.kind}",
-                "parameters": f"{sum(p.numel() for p in self.module.parameters()):,}, {self.dtype}",
+                "parameters": f"{self.parameters:,}, {self.dtype}",
                 "sites": " ".join(names),
             },
         )

@@ -20,7 +20,6 @@ from deltatune.training.job import Job
 
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
 PROJECT = "deltatune"
-STATES = {"done": True, "stopped": True}  # the other ends of a training are failures
 
 
 class Run(Protocol):
@@ -30,7 +29,7 @@ class Run(Protocol):
         """Log values of a step."""
 
     def finish(self, finished: bool) -> None:
-        """End the run; `finished` says whether its training came to its end."""
+        """End the run; not `finished` is one that diverged or was broken off."""
 
 
 @contextmanager
@@ -48,8 +47,10 @@ def tracking(tracker: Tracker | None, listener: Listener | None = None) -> Itera
     tracks = _Tracks(_MAKERS[tracker](), listener)
     try:
         yield tracks.hear
-    finally:
-        tracks.close()
+    except BaseException:
+        tracks.close(broken_off=True)
+        raise
+    tracks.close()
 
 
 class _Tracks:
@@ -71,9 +72,10 @@ class _Tracks:
         if self.listener is not None:
             self.listener(jobs, event)
 
-    def close(self) -> None:
+    def close(self, *, broken_off: bool = False) -> None:
         for run, job in self.runs.values():
-            run.finish(STATES.get(job.state, False))
+            # A candidate that a search gave up has not failed.
+            run.finish(not broken_off and job.state != "nan")
 
 
 def _parameters(job: Job) -> dict[str, Any]:
