@@ -139,12 +139,3 @@ def test_site_that_is_lacking_is_refused_with_the_reason(bert: Anatomy) -> None:
 def test_selection_without_a_match_is_refused(bert: Anatomy) -> None:
     with pytest.raises(SiteError, match=r"no site matches 'attn.q' in blocks='2:'; the backbone has \{'encoder': 2\}"):
         bert.select("attn.q", "2:")
-
-
-def test_network_without_blocks_is_refused() -> None:
-    from torch import nn
-
-    from deltatune.errors import BackboneError
-
-    with pytest.raises(BackboneError, match="no stack of transformer blocks found in Sequential"):
-        _ = Backbone(nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)]))).anatomy

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from deltatune.backbone.blocks import Block, block_sites, embedding_like, find_stacks, is_norm, linear_shape, norm_width
-from deltatune.backbone.sites import ORDER, VOCABULARY, Selection, Site, block_numbers, expand_names
+from deltatune.backbone.modules import module_sites, named
+from deltatune.backbone.sites import MODULE, ORDER, VOCABULARY, Selection, Site, block_numbers, expand_names, rank
 from deltatune.backbone.synonyms import (
     ABSENT_BYPASSED,
     ABSENT_REASON,
@@ -27,36 +28,47 @@ from deltatune.backbone.synonyms import (
     PLAIN_NORM,
     UNFOUND,
 )  # fmt: skip
-from deltatune.errors import BackboneError, SiteError
+from deltatune.errors import SiteError
 
 
 @dataclass
 class Anatomy:
-    """The sites of one backbone, and the vocabulary's names that it lacks, each with its reason."""
+    """The sites of one backbone, and the vocabulary's names that it lacks, each with its reason.
+
+    `modules` is the path of every linear and norm -> its site, which is one of `sites` or one of its own.
+    """
 
     sites: list[Site]
     absent: dict[str, str]
     depth: dict[str, int]
     parameters: dict[str, str]  # canonical key -> path, of every parameter of the trunk that learns, ordered by key
+    modules: dict[str, Site]
     by_key: dict[str, Site] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.by_key = {site.key: site for site in self.sites}
+        self.by_key = {site.key: site for site in (*self.sites, *self.modules.values())}
 
     def select(self, names: str, blocks: str | None = None) -> Selection:
         """Return the sites with these names in these blocks.
 
-        Raises UnknownName for a name outside the vocabulary, SiteError for a site that this backbone lacks or for
-        blocks that it has not.
+        Raises UnknownName for a name outside the vocabulary, SiteError for a site or a module that this backbone lacks
+        or for blocks that it has not.
         """
         wanted = expand_names(names)
+        keys: set[str] = set()
         for name in wanted:
+            if name.startswith(MODULE):
+                keys.update(self.modules[path].key for path in named(name, self.modules))
             if name in self.absent:
                 have = sorted({s.name for s in self.sites}, key=ORDER.__getitem__)
-                raise SiteError(f"this backbone has no site {name!r}: {self.absent[name]}; it has: {', '.join(have)}")
+                held = f"; it has: {', '.join(have)}" if self.depth else ""
+                raise SiteError(f"this backbone has no site {name!r}: {self.absent[name]}{held}")
         allowed = {stack: block_numbers(blocks, n) if blocks else set(range(n)) for stack, n in self.depth.items()}
         found = [
-            s for s in self.sites if s.name in wanted and (s.block is None or s.block in allowed.get(s.stack, set()))
+            site
+            for site in sorted(self.by_key.values(), key=_place)
+            if (site.name in wanted or site.key in keys)
+            and (site.block is None or site.block in allowed.get(site.stack, set()))
         ]
         if not found:
             raise SiteError(f"no site matches {names!r} in blocks={blocks!r}; the backbone has {self.depth} blocks")
@@ -69,36 +81,48 @@ class Anatomy:
 
     def has(self, name: str) -> bool:
         """Say whether the backbone has a site of this name."""
-        return name in ORDER and name not in self.absent
+        return name.startswith(MODULE) or (name in ORDER and name not in self.absent)
 
 
 def find_anatomy(model: nn.Module) -> Anatomy:
-    """Find the sites of a transformer.
-
-    BackboneError if no stack of blocks with attention is found.
-    """
+    """Find the sites of a network: of a transformer by the vocabulary, of any other by the names of its modules."""
     trunk = getattr(model, "base_model", model)
     trunk_path = next((path for path, module in model.named_modules() if module is trunk), "")
     stacks = find_stacks(trunk, trunk_path)
     if not stacks:
-        raise BackboneError(
-            f"no stack of transformer blocks found in {type(model).__name__}: expected a ModuleList of blocks with "
-            f"attention projections (q, k, v); other networks cannot be adapted"
-        )
+        return _plain(model)
     sites: list[Site] = []
     for stack, blocks in stacks.items():
         for number, block in enumerate(blocks):
             sites += block_sites(model, stack, number, block)
     widths = {site.stack: site.d_in for site in reversed(sites) if site.name == "block"}
     sites += _global_sites(model, trunk, trunk_path, stacks, widths)
-    sites.sort(key=lambda s: (s.stack, -1 if s.block is None else s.block, ORDER[s.name]))
+    sites.sort(key=_place)
     parameters = _canonical(model, sites, trunk_path)
     shapes = tuple((key, tuple(model.get_parameter(path).shape)) for key, path in parameters.items())
     width = next(site.d_out for site in sites if site.name == "block")
     sites.append(Site("weights", next(iter(stacks)), None, trunk_path, trunk_path, width, width, shapes=shapes))
     present = {s.name for s in sites}
     absent = {name: _reason(name, sites) for name in VOCABULARY if name not in present}
-    return Anatomy(sites, absent, {stack: len(blocks) for stack, blocks in stacks.items()}, parameters)
+    depth = {stack: len(blocks) for stack, blocks in stacks.items()}
+    return Anatomy(sites, absent, depth, parameters, module_sites(model, sites, trunk_path))
+
+
+def _place(site: Site) -> tuple[str, int, int]:
+    return site.stack, -1 if site.block is None else site.block, rank(site)
+
+
+def _plain(model: nn.Module) -> Anatomy:
+    """The anatomy of a network without a stack of transformer blocks: its modules by their names."""
+    parameters = {f"{MODULE}{path}": path for path, _ in model.named_parameters()}
+    shapes = tuple((key, tuple(model.get_parameter(path).shape)) for key, path in parameters.items())
+    reason = (
+        f"no stack of transformer blocks was found in {type(model).__name__} (a ModuleList of blocks with attention "
+        f"projections q, k, v); name its linears and norms instead, e.g. at='{MODULE}*'"
+    )
+    sites = [Site("weights", "", None, "", "", 0, 0, shapes=shapes)] if shapes else []
+    absent = {name: reason for name in VOCABULARY if name != "weights" or not shapes}
+    return Anatomy(sites, absent, {}, parameters, module_sites(model, [], ""))
 
 
 def _canonical(model: nn.Module, sites: list[Site], trunk_path: str) -> dict[str, str]:

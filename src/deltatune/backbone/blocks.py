@@ -49,7 +49,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def norm_width(module: nn.Module) -> int | None:
     """Return the width of a layer norm or an RMS norm, with a weight vector or without one, or None."""
-    if "Norm" not in type(module).__name__ or isinstance(module, nn.GroupNorm):
+    # Those norm channels, which do not stand last.
+    by_channel = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    if "Norm" not in type(module).__name__ or isinstance(module, by_channel):
         return None
     weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, Tensor) else getattr(module, "normalized_shape", ())

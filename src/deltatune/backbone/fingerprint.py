@@ -53,7 +53,7 @@ def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
     return {
         "dtype": f"{QUANTISED} {form}" if form else dtype,
         **{name: digest.hexdigest() for name, digest in digests.items()},
-        "sketch": base64.b64encode(torch.stack(sketch).half().numpy().tobytes()).decode(),
+        "sketch": base64.b64encode(torch.tensor(sketch).half().numpy().tobytes()).decode(),
     }
 
 

@@ -17,7 +17,7 @@ from deltatune.backbone.html import facts
 from deltatune.backbone.weights import device_of
 from deltatune.errors import BackboneError, nearest
 
-Kind = Literal["encoder", "decoder", "encoder-decoder"]
+Kind = Literal["encoder", "decoder", "encoder-decoder", "plain"]
 Reads = Literal["text", "images"]
 CLASS_TOKENS = ("cls_token", "class_embedding")
 TWO_TOWERS = ("clip", "siglip", "siglip2")
@@ -42,11 +42,11 @@ class Backbone:
 
     @property
     def kind(self) -> Kind:
-        """Which stacks the network has."""
+        """Which stacks of transformer blocks the network has; `plain` without any."""
         stacks = set(self.anatomy.depth)
-        return (
-            "encoder-decoder" if stacks == {"encoder", "decoder"} else "decoder" if stacks == {"decoder"} else "encoder"
-        )
+        if stacks == {"encoder", "decoder"}:
+            return "encoder-decoder"
+        return "decoder" if stacks == {"decoder"} else "encoder" if stacks else "plain"
 
     @property
     def reads(self) -> Reads:
@@ -90,7 +90,7 @@ class Backbone:
         return sum(p.numel() for p in self.module.parameters())
 
     def _repr_html_(self) -> str:
-        names = list(dict.fromkeys(site.name for site in self.anatomy.sites))
+        names = list(dict.fromkeys(site.name for site in self.anatomy.by_key.values()))
         return facts(
             self.name,
             {
@@ -136,6 +136,7 @@ class Backbone:
 
     def __repr__(self) -> str:
         depth = ", ".join(f"{n} {stack} blocks" for stack, n in self.anatomy.depth.items())
+        depth = depth or f"{len(self.anatomy.modules)} linears and norms"
         return f"Backbone({self.name!r}, {self.parameters / 1e6:.1f} M parameters, {depth}, {self.dtype})"
 
 

@@ -22,6 +22,8 @@ VOCABULARY: tuple[str, ...] = (
     "block", "norm.final", "lm_head", "weights",
 )  # fmt: skip
 ORDER = {name: i for i, name in enumerate(VOCABULARY)}
+MODULE = "module:"
+"""What a name begins with that is a module's and not of the vocabulary."""
 
 Rows = Literal["rows", "parts", "none"]
 
@@ -96,7 +98,7 @@ class Site:
     @property
     def key(self) -> str:
         """The canonical address, e.g. `encoder.3.attn.q`; it is what a saved delta names."""
-        return ".".join(str(part) for part in (self.stack, self.block, self.name) if part is not None)
+        return ".".join(str(part) for part in (self.stack or None, self.block, self.name) if part is not None)
 
 
 class Selection(Sequence[Site]):
@@ -141,7 +143,7 @@ def expand_names(pattern: str) -> list[str]:
     """Expand `"attn.{q,v} ffn"` to site names.
 
     A pattern is names separated by spaces or commas outside braces; `{a,b}` lists alternatives. UnknownName for a name
-    outside the vocabulary.
+    outside the vocabulary. What begins with `module:` is kept as it is: a pattern of names of modules.
     """
     names: list[str] = []
     if re.search(r"[{}]", re.sub(r"\{[^{}]*\}", "", pattern)):
@@ -152,13 +154,18 @@ def expand_names(pattern: str) -> list[str]:
         if braces:
             found = [f"{braces[1]}{option.strip()}{braces[3]}" for option in braces[2].split(",")]
         for name in found:
-            if name not in ORDER:
+            if name not in ORDER and not name.startswith(MODULE):
                 raise UnknownName("site", name, VOCABULARY, "`deltatune sites BACKBONE` lists them")
             if name not in names:
                 names.append(name)
     if not names:
         raise SiteError(f"an empty selection of sites: got {pattern!r}, expected names such as 'attn.{{q,v}} ffn'")
     return names
+
+
+def rank(site: Site) -> int:
+    """Return the place of a site in the order in which layers act: inner before outer."""
+    return ORDER.get(site.name, ORDER["attn.q"])
 
 
 def _in_blocks(sites: Sequence[Site], blocks: str) -> list[Site]:

@@ -43,7 +43,7 @@ def sites(
 def described(backbone: Backbone) -> dict[str, Any]:
     """Return the sites of a backbone as plain data: one entry for each name of each stack."""
     groups: dict[tuple[str, str], list[Site]] = {}
-    for site in backbone.anatomy.sites:
+    for site in backbone.anatomy.by_key.values():
         groups.setdefault((site.stack, site.name), []).append(site)
     return {
         "backbone": backbone.name,

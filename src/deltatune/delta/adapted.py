@@ -194,9 +194,12 @@ class Adapted(nn.Module):
         if not self.attachment.live:
             raise RoutingError("the deltas were removed from this backbone; adapt it again")
         if args and isinstance(args[0], Tensor):
-            name = getattr(self.backbone, "main_input_name", "input_ids")
-            kwargs, args = {name: args[0], **kwargs}, args[1:]
-        call = self.call(_rows(kwargs), route) if call is None else self._checked(call, kwargs)
+            name = getattr(self.backbone, "main_input_name", "input_ids" if self.bank.has_tokens else None)
+            if name:
+                kwargs, args = {name: args[0], **kwargs}, args[1:]
+        # A plain network may take its input by position alone.
+        inputs = {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
+        call = self.call(_rows(inputs), route) if call is None else self._checked(call, inputs)
         inserted: Inserted | InsertedPatches | None = None
         with entered(call), self._weights(call):
             if self.bank.has_tokens:
@@ -291,6 +294,8 @@ class Adapted(nn.Module):
         # The second name is the older one.
         older = getattr(self.backbone, "gradient_checkpointing_enable", None)
         enable: Any = getattr(self.backbone, "activation_checkpointing_enable", older)
+        if enable is None:
+            raise RoutingError(f"{type(self.backbone).__name__} has no gradient checkpointing of its own to turn on")
         enable(options)
         self._recall()
 

@@ -41,7 +41,7 @@ def members_of(method: str, fields: Mapping[str, Any], parts: list[Part], backbo
         groups.setdefault(frozenset(where), []).append(name)
     made: list[Member] = []
     for here, names in groups.items():
-        every = {(s.stack, s.block) for s in backbone.anatomy.sites if s.name in names}
+        every = {(s.stack, s.block) for s in backbone.anatomy.by_key.values() if s.name in names}
         numbers = ",".join(map(str, sorted({block for _, block in here if block is not None})))
         own = {**fields, "at": " ".join(names), "blocks": None if here == every or not numbers else numbers}
         made.append(Member(find(method)(**own), [part for part in parts if part.site.name in names]))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deltatune.backbone.fingerprint import compare
 from deltatune.backbone.load import Backbone
-from deltatune.backbone.sites import ORDER, Site
+from deltatune.backbone.sites import Site, rank
 from deltatune.delta import attention, experts
 from deltatune.delta.bank import Bank
 from deltatune.delta.call import Swap, current, outside
@@ -139,7 +139,7 @@ class Attachment:
         refuse_compiled(source.module)
         bank.two_stacks = source.kind == "encoder-decoder"
         ports: dict[str, tuple[list[Site], list[Site], list[Site]]] = {}
-        for key, port in sorted(bank.places, key=lambda place: ORDER[bank.sites[place[0]].name]):
+        for key, port in sorted(bank.places, key=lambda place: rank(bank.sites[place[0]])):
             site = bank.sites[key]
             if site.inside:
                 module = source.module.get_submodule(site.exit)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltatune.backbone.html import facts
 from deltatune.backbone.load import Backbone
-from deltatune.backbone.sites import ORDER, Site
+from deltatune.backbone.sites import Site, rank
 from deltatune.backbone.weights import device_of
 from deltatune.delta.layer import Layer
 from deltatune.delta.method import Method, Spec, members
@@ -138,7 +138,7 @@ class Delta(nn.Module):
         return self * -1.0
 
     def __repr__(self) -> str:
-        sites = sorted({site.name for site in self.sites.values()}, key=ORDER.__getitem__)
+        sites = dict.fromkeys(site.name for site in sorted(self.sites.values(), key=rank))
         head = f", head {type(self.head).__name__}" if self.head is not None else ""
         return f"Delta({self.name!r}, {self.trainable():,} parameters at {' '.join(sites) or 'no site'}{head})"
 

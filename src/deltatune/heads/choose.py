@@ -26,6 +26,11 @@ OWN: tuple[type[TaskHead], ...] = (
 
 def head_for(task: Task, backbone: Backbone, seed: int) -> TaskHead:
     """Make the head of a task: verbalised where it brings a template or words, and the backbone can write them."""
+    if backbone.kind == "plain":
+        raise TaskError(
+            f"{backbone.name} has no stack of transformer blocks for a head to stand on; adapt it and train it in a "
+            f"loop of your own: dt.adapt(network, LoRA(at='module:*'))"
+        )
     own: dict[Kind, type[TaskHead]] = {kind: head for head in OWN for kind in head.kinds}
     if (task.kind == "image_classification") != (backbone.reads == "images"):
         read = "images" if task.kind == "image_classification" else "text"

@@ -31,7 +31,7 @@ from deltatune.delta.method import members
 from deltatune.errors import DeltaFileError, DeltatuneError, OutputError, UnknownName, UserError
 
 TENSORS = "adapter_model.safetensors"
-TASK = {"encoder": "FEATURE_EXTRACTION", "decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
+TASK = {"plain": None, "encoder": "FEATURE_EXTRACTION", "decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 
 Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], Backbone, str], list[Member]]
 Writer = Callable[[Delta, Mapping[str, Site], Backbone], tuple[dict[str, Any], dict[str, Tensor]]]

@@ -15,9 +15,13 @@ from deltatune.errors import DeltaFileError, nearest
 def linears(backbone: Backbone) -> dict[str, list[Site]]:
     """Return module path -> the sites that are columns of its output (one, or q, k and v of a fused linear)."""
     found: dict[str, list[Site]] = {}
-    for site in backbone.anatomy.sites:
+    anatomy = backbone.anatomy
+    for site in anatomy.sites:
         if site.entry == site.exit and linear_shape(backbone.module.get_submodule(site.exit)):
             found.setdefault(site.exit, []).append(site)
+    for path, site in anatomy.modules.items():
+        if path not in found and linear_shape(backbone.module.get_submodule(path)):
+            found[path] = [site]
     return found
 
 
