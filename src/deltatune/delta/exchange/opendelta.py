@@ -71,7 +71,7 @@ def read(folder: Path, backbone: Backbone) -> Delta:
     """
     where = str(folder)
     config = json.loads((folder / CONFIG).read_text())
-    kind = config.get("delta_type")
+    kind = str(config.get("delta_type"))
     if kind not in READERS:
         said = f" ({UNREAD[kind]})" if kind in UNREAD else ""
         raise DeltaFileError(f"{where} holds {kind!r}{said}, which is not read; expected {', '.join(READERS)}")

@@ -57,12 +57,13 @@ def selected(config: Mapping[str, Any], naming: Naming, backbone: Backbone) -> l
     wanted = [str(name) for name in config["modified_modules"]]
     unwanted = tuple(str(name) for name in config.get("exclude_modules") or ())
     common = common_names(backbone) if config.get("common_structure") else {}
-    return [
-        path
-        for path, theirs in ((path, naming.theirs(path)) for path in naming.modules if path)
-        if not theirs.startswith(unwanted)
-        and any(_ends_in(one, name) for one in common.get(path, (theirs,)) for name in wanted)
-    ]
+    found = []
+    for path in naming.modules:
+        theirs = naming.theirs(path)
+        names = common.get(path, (theirs,))
+        if path and not theirs.startswith(unwanted) and any(_ends_in(one, name) for one in names for name in wanted):
+            found.append(path)
+    return found
 
 
 def _ends_in(path: str, name: str) -> bool:
