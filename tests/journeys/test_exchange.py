@@ -11,7 +11,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from tests.oracles import opendelta
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from .conftest import Run, rows, write_jsonl
 
@@ -114,6 +115,31 @@ def test_to_peft_and_back(run: Run, lora: Path, encoder: Path, tmp_path: Path) -
     assert run("export ours --to peft --out again --json").json()["left_out"] is None
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert theirs.keys() == again.keys() and all(torch.equal(theirs[key], again[key]) for key in theirs)
+
+
+def test_from_opendelta(run: Run, encoder: Path, tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(encoder)
+    paths = [f"encoder.layer.{block}.output.dense" for block in (0, 1)]
+    opendelta.adapter(model, paths, 32, 5)
+    options = {
+        "bottleneck_dim": 5,
+        "non_linearity": "gelu_new",
+        "modified_modules": ["ff@.w2@"],
+        "common_structure": True,
+    }
+    opendelta.save(model, lambda name: "adapter" in name, tmp_path / "theirs", "adapter", **options)
+    said = run(f"import theirs --backbone {encoder} --out ours")
+    assert said.status == 0 and "cannot be verified" in said.err
+    found = run("inspect ours --json").json()
+    assert (found["delta"], found["trainable"]) == (
+        "adapter(at='ffn', m=5, act='gelu_tanh')",
+        2 * (2 * 5 * 32 + 5 + 32),
+    )
+    assert "is a folder of OpenDelta" in run("inspect theirs").mistake()
+    (tmp_path / "theirs" / "config.json").unlink()
+    line = run(f"import theirs --backbone {encoder} --out again").mistake()
+    assert "theirs is no folder of PEFT or OpenDelta" in line
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,20 @@ def test_adapter(family: str) -> None:
     compared(adapted, oracle, theirs, own, family)
 
 
+@pytest.mark.parametrize("method", [Adapter, ParallelAdapter])
+def test_two_activations_in_one_batch_are_each_its_own(method: type[Method]) -> None:
+    backbone, batch = Backbone(tiny("bert")), inputs("bert", rows=2)
+    names = ("relu", "tanh")
+    deltas = [moved(Delta.build(method(m=5, act=act), backbone, name=act)) for act in names]
+    with torch.no_grad():
+        both = Adapted(backbone, deltas)
+        together = both(**batch, deltas=list(names))[0]
+        apart = [both(**batch, deltas=[act, act])[0] for act in names]
+    for row, alone in enumerate(apart):
+        torch.testing.assert_close(together[row], alone[row], rtol=1e-5, atol=1e-5)
+    assert float((apart[0] - apart[1]).abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parallel_adapter(family: str) -> None:
     adapted, layers = ours(ParallelAdapter(m=5, scale=2.5), family)

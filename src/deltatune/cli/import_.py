@@ -14,16 +14,21 @@ EXAMPLE = "deltatune import their-lora/ --backbone smollm2 --out ours/"
 
 
 def import_(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False, help="A PEFT folder.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", show_default=False, help="A folder of PEFT or OpenDelta.")
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", show_default=False, help="Where to save the delta.")],
     backbone: BackboneName = "minilm",
     as_json: AsJson = False,
 ) -> None:
-    """Read a PEFT folder onto a backbone and save it as a delta of ours; what has no counterpart is refused by name."""
+    """Read a folder of PEFT or OpenDelta onto a backbone and save it as a delta of ours.
+
+    What has no counterpart is refused by name.
+    """
     import warnings
 
     from deltatune.backbone.load import load
-    from deltatune.delta.exchange.peft import read
+    from deltatune.delta.exchange.foreign import read
     from deltatune.errors import OutputError
 
     if out.exists():

@@ -29,7 +29,6 @@ from deltatune.errors import DeltaFileError, OutputError, UserError
 
 FORMAT = "deltatune.delta/1"
 MANIFEST, TENSORS = "delta.json", "delta.safetensors"
-PEFT_CONFIG = "adapter_config.json"
 # user/repo or user/repo@revision, on the hub
 ADDRESS = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 SEAL = "manifest_sha256"  # of everything else in the manifest
@@ -98,7 +97,7 @@ def _write(delta: Delta, work: Path) -> None:
 
 
 def load(folder: str | Path, backbone: Backbone | None = None, *, verify: bool = True) -> Delta:
-    """Read a delta from a folder, ours or PEFT's, or from the hub; with a backbone, check that it fits.
+    """Read a delta from a folder, ours or another library's, or from the hub; with a backbone, check that it fits.
 
     DeltaFileError if a file is missing, of another version, tampered with, or lacks or adds a tensor; BackboneMismatch
     if the backbone has other weights. No code is imported from the folder.
@@ -114,15 +113,17 @@ def load(folder: str | Path, backbone: Backbone | None = None, *, verify: bool =
             place = pull(str(folder))
         except DeltaFileError as error:
             raise DeltaFileError(f"no folder {place}, and no delta on the hub: {error}") from error
-    if is_peft(place):
-        if backbone is None:
-            raise DeltaFileError(
-                f"{place} is a PEFT folder, which can be read onto a backbone only: give it to Delta.load, or use "
-                f"`deltatune import {place} --backbone NAME --out OUT`"
-            )
-        from deltatune.delta.exchange.peft import read
+    if place.is_dir() and not is_saved(place):
+        from deltatune.delta.exchange import foreign
 
-        return read(place, backbone)
+        library = foreign.library(place)
+        if library is not None and backbone is None:
+            raise DeltaFileError(
+                f"{place} is a folder of {library}, which can be read onto a backbone only: give it to Delta.load, or "
+                f"use `deltatune import {place} --backbone NAME --out OUT`"
+            )
+        if library is not None and backbone is not None:
+            return foreign.read(place, backbone)
     manifest = _manifest(place)
     seal = _seal(manifest)
     try:
@@ -158,11 +159,6 @@ def is_saved(folder: str | Path) -> bool:
         return (Path(folder) / MANIFEST).is_file()
     except OSError:  # no name of a file, such as one that is too long
         return False
-
-
-def is_peft(folder: Path) -> bool:
-    """Say whether a folder is PEFT's and not ours."""
-    return (folder / PEFT_CONFIG).is_file() and not (folder / MANIFEST).is_file()
 
 
 def _manifest(place: Path) -> dict[str, Any]:

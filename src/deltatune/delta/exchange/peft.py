@@ -25,12 +25,11 @@ from deltatune.delta.delta import Delta
 from deltatune.delta.exchange.places import Naming
 from deltatune.delta.exchange.sequences import read_prefix, read_prompt, write_prefix, write_prompt
 from deltatune.delta.exchange.thin import PREFIX, read_ia3, read_lora, write_ia3, write_lora
-from deltatune.delta.files import PEFT_CONFIG as CONFIG
 from deltatune.delta.files import whole_folder
 from deltatune.delta.method import members
 from deltatune.errors import DeltaFileError, DeltatuneError, OutputError, UnknownName, UserError
 
-TENSORS = "adapter_model.safetensors"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TASK = {"plain": None, "encoder": "FEATURE_EXTRACTION", "decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 
 Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], Backbone, str], list[Member]]
@@ -69,14 +68,18 @@ class PeftFolder:
     tensors: dict[str, Tensor]
 
 
-def read(folder: str | Path, backbone: Backbone) -> Delta:
+def recognised(folder: Path) -> bool:
+    """Say whether a folder is PEFT's."""
+    return (folder / CONFIG).is_file()
+
+
+def read(folder: Path, backbone: Backbone) -> Delta:
     """Read a PEFT folder as a delta on a backbone, with a warning that the backbone's weights cannot be verified.
 
     DeltaFileError for a folder that is damaged or does not fit, and for an option or tensor without a counterpart.
     """
-    place = Path(folder)
-    held = _held(place)
-    config, where = held.config, str(place)
+    held = _held(folder)
+    config, where = held.config, str(folder)
     kind = config.get("peft_type")
     if kind not in READERS:
         raise DeltaFileError(f"{where} holds {kind!r}, which is not read; expected {', '.join(READERS)}")
@@ -90,8 +93,8 @@ def read(folder: str | Path, backbone: Backbone) -> Delta:
     except DeltatuneError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
-        raise DeltaFileError(f"{place / CONFIG} is damaged: {type(error).__name__} {error}".splitlines()[0]) from error
-    delta = assembled(made, backbone, place.name)
+        raise DeltaFileError(f"{folder / CONFIG} is damaged: {type(error).__name__} {error}".splitlines()[0]) from error
+    delta = assembled(made, backbone, folder.name)
     delta.record = {
         "imported": {
             "from": "peft",
@@ -104,7 +107,7 @@ def read(folder: str | Path, backbone: Backbone) -> Delta:
     warnings.warn(
         f"{where} was read; a PEFT folder does not say which weights it was trained on (it names {base!r}), so "
         f"{backbone.name!r} cannot be verified{left}",
-        stacklevel=3,
+        stacklevel=5,
     )
     return delta
 
@@ -113,8 +116,6 @@ def _held(place: Path) -> PeftFolder:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not (place / CONFIG).is_file():
-        raise DeltaFileError(f"{place} is no PEFT folder: it lacks {CONFIG}")
     if not (place / TENSORS).is_file():
         pickled = (place / "adapter_model.bin").is_file()
         fix = (

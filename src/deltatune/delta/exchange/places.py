@@ -118,9 +118,17 @@ def same_modules(have: set[str], config: Mapping[str, Any], naming: Naming, back
         chosen = {p for p, m in naming.modules.items() if linear_shape(m) and m is not backbone.output}
     else:
         chosen = naming.selected(targets(config))
+    agree(have, chosen, "target_modules", naming, where)
+
+
+def agree(have: set[str], chosen: set[str], option: str, naming: Naming, where: str) -> None:
+    """Check that a file has tensors for exactly the modules (our paths) that an option of its config selects.
+
+    DeltaFileError otherwise.
+    """
     for paths, said in (
-        (chosen - have, "lacks tensors for {!r}, which its target_modules select"),
-        (have - chosen, "has tensors for {!r}, which its target_modules do not select"),
+        (chosen - have, f"lacks tensors for {{!r}}, which its {option} select"),
+        (have - chosen, f"has tensors for {{!r}}, which its {option} do not select"),
     ):
         if paths:
             more = f" ({len(paths) - 1} more)" if len(paths) > 1 else ""
