@@ -83,6 +83,10 @@ LORAS: list[tuple[str, dict[str, Any]]] = [
     ("t5", dict(target_modules=["q", "v", "wo"])),
     ("t5", dict(target_modules=r"decoder.*EncDecAttention\.(q|k)")),
     ("t5", dict(target_modules="all-linear")),
+    ("bert", dict(target_modules=["query", "output.dense"], use_dora=True, rank_pattern={"query": 2})),
+    ("gpt2", dict(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, use_dora=True, use_rslora=True)),
+    ("llama", dict(target_modules="all-linear", use_dora=True, lora_dropout=0.1)),
+    ("t5", dict(target_modules=["q", "v", "wo"], use_dora=True)),
 ]  # fmt: skip
 
 
@@ -158,6 +162,9 @@ OURS = [
     ("gpt2", "lora(r=2, alpha=8, at='attn.q') | lora(r=3, alpha=5, at='attn.v')"),
     ("llama", "lora(r=4, at='attn.{q,k,v,o} ffn.{up,gate,down} lm_head')"),
     ("t5", "lora(r=4, at='attn.q cross.{k,o} ffn.up')"),
+    *((family, "dora(r=4)") for family in ("bert", "gpt2", "llama", "t5")),
+    ("bert", "dora(r=2, alpha=5, at='attn.q') | dora(r=3, at='ffn.{up,down}')"),
+    ("gpt2", "dora(r=2, at='attn.{q,k,v,o} ffn.{up,down}')"),
     *((family, "ia3") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
     ("gpt2", "ia3(at='attn.k')"),
     *((family, "prompt(n=3)") for family in ("gpt2", "llama", "t5")),

@@ -20,6 +20,7 @@ from deltatune.laws.subject import moved
 from deltatune.methods.addition.ia3 import IA3
 from deltatune.methods.addition.prefix import Prefix
 from deltatune.methods.addition.prompt import Prompt
+from deltatune.methods.reparameterization.dora import DoRA
 from deltatune.methods.reparameterization.lora import LoRA
 
 LINEARS = {
@@ -104,6 +105,39 @@ def test_lora(family: str) -> None:
         return found
 
     compared(ours, theirs, family, copy, gradients)
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "gpt2"])
+def test_dora(family: str) -> None:
+    """Lengths without a gradient of their own, biases apart; GPT-2's linears are [in, out]."""
+    part = ["attn.q", "attn.v", "ffn.up"] if family != "gpt2" else ["attn.o", "ffn.up", "ffn.down"]
+    targets = [LINEARS[family][p] for p in part] if family != "gpt2" else ["c_proj", "c_fc"]
+    ours = attached(DoRA(r=3, alpha=7.0, at=" ".join(part)), family)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=targets, use_dora=True, fan_in_fan_out=family == "gpt2"
+    )
+    theirs = peft.get_peft_model(tiny(family), config)
+
+    def pairs(pick: Callable[[Tensor], Tensor]) -> Pairs:
+        found = []
+        for site, layer in each(ours):
+            module = theirs.get_submodule(f"base_model.model.{site.exit}")
+            found.append((pick(layer.A), pick(module.lora_A["default"].weight)))
+            found.append((pick(layer.B), pick(module.lora_B["default"].weight)))
+            found.append((pick(layer.m), pick(module.lora_magnitude_vector["default"].weight)))
+        return found
+
+    def copy() -> None:
+        for (site, layer), (_, lengths) in zip(each(ours), pairs(lambda p: p)[2::3], strict=True):
+            fresh = Delta.build(DoRA(at=site.name, blocks=str(site.block)), ours.source)
+            start = next(la.m for s, la in fresh.at_sites() if s.key == site.key)
+            torch.testing.assert_close(start, lengths, rtol=1e-6, atol=0.0)  # both start at |W|
+            assert not torch.allclose(layer.m, start)
+        for own, other in pairs(lambda p: p):
+            other.copy_(own)
+
+    compared(ours, theirs, family, copy, lambda: pairs(grad))
     assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
 
 

@@ -22,9 +22,10 @@ from deltatune.backbone.sites import Site
 from deltatune.delta.assemble import Member, assembled
 from deltatune.delta.attach import check_fits
 from deltatune.delta.delta import Delta
+from deltatune.delta.exchange.dora import read_lora_or_dora, write_dora
 from deltatune.delta.exchange.places import Naming
 from deltatune.delta.exchange.sequences import read_prefix, read_prompt, write_prefix, write_prompt
-from deltatune.delta.exchange.thin import PREFIX, read_ia3, read_lora, write_ia3, write_lora
+from deltatune.delta.exchange.thin import PREFIX, read_ia3, write_ia3, write_lora
 from deltatune.delta.files import PEFT_CONFIG as CONFIG
 from deltatune.delta.files import whole_folder
 from deltatune.delta.method import members
@@ -36,9 +37,12 @@ TASK = {"encoder": "FEATURE_EXTRACTION", "decoder": "CAUSAL_LM", "encoder-decode
 Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], Backbone, str], list[Member]]
 Writer = Callable[[Delta, Mapping[str, Site], Backbone], tuple[dict[str, Any], dict[str, Tensor]]]
 READERS: dict[str, Reader] = {
-    "LORA": read_lora, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix
+    "LORA": read_lora_or_dora, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix
 }  # fmt: skip
-WRITERS: dict[str, Writer] = {"lora": write_lora, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix}
+WRITERS: dict[str, Writer] = {
+    "lora": write_lora, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix,
+    "dora": write_dora,
+}  # fmt: skip
 
 # Options that the readers act on, or that say nothing about what is computed; any other must be unset.
 KNOWN = {
@@ -48,10 +52,10 @@ KNOWN = {
     "init_lora_weights", "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
     "ensure_weight_tying", "feedforward_modules", "init_ia3_weights", "num_virtual_tokens", "token_dim",
     "num_layers", "num_attention_heads", "num_transformer_submodules", "prefix_projection", "encoder_hidden_size",
+    "use_dora",
     "init_weights", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
 }  # fmt: skip
 WORDS = {
-    "use_dora": "DoRA: a trained magnitude beside the product",
     "loftq_config": "LoftQ: it belongs to weights that it quantised itself",
     "layer_replication": "blocks that the backbone has not",
     "target_parameters": "a LoRA on parameters that are no linear, as experts are",
