@@ -20,6 +20,8 @@ from deltatune.laws.families import FAMILIES
 JOINED = (
     'ia3(at="attn.{k,v} ffn.down") | lora(r=3, at="attn.{q,k,v,o} ffn.{up,down}") | bitfit | lora(r=2, at="ffn.down")'
 )
+# What reads the weights reads the backbone's own, whatever acted before it.
+READING = 'lora(r=2, at="attn.{q,v}") | bitfit | dora(r=2, at="attn.{q,k,v,o} ffn.{up,down}") | ia3'
 
 
 def given(on: Backbone) -> dict[str, Tensor]:
@@ -37,7 +39,7 @@ def delta(text: str, on: Backbone, size: int = 3) -> Delta:
     return moved(Delta.build(parse(text), on).to(on.dtype), size)
 
 
-@pytest.mark.parametrize("text", [JOINED, "full"])
+@pytest.mark.parametrize("text", [JOINED, READING, "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_is_attached_and_unmerged_is_bare(family: str, text: str) -> None:
     on = backbone(family, torch.float64)

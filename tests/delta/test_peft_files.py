@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.backbone.families import build
 from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone
@@ -16,6 +17,7 @@ from deltatune.compose.expression import parse
 from deltatune.delta.adapted import adapt
 from deltatune.delta.delta import Delta
 from deltatune.delta.exchange.peft import CONFIG, TENSORS, export, write
+from deltatune.errors import UserError
 from deltatune.laws.families import inputs, tiny
 from deltatune.laws.subject import moved
 
@@ -43,20 +45,20 @@ def same(ours: Delta, theirs: nn.Module, family: str, backbone: Backbone) -> Non
     torch.testing.assert_close(first, second, rtol=1e-4, atol=5e-5)
 
 
-def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
+def stirred(model: nn.Module, seed: int = 0, size: float = 0.3) -> nn.Module:
     """Move what PEFT trains away from where it starts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad or "ia3_l" in name or "prompt_encoder" in name:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     return model
 
 
-def theirs_in(folder: Path, family: str, config: Any, seed: int = 0) -> nn.Module:
+def theirs_in(folder: Path, family: str, config: Any, seed: int = 0, size: float = 0.3) -> nn.Module:
     """Save what PEFT makes of a config into a folder."""
     torch.manual_seed(seed)
-    model = stirred(peft.get_peft_model(tiny(family), config), seed)
+    model = stirred(peft.get_peft_model(tiny(family), config), seed, size)
     model.save_pretrained(str(folder))
     return model
 
@@ -83,6 +85,10 @@ LORAS: list[tuple[str, dict[str, Any]]] = [
     ("t5", dict(target_modules=["q", "v", "wo"])),
     ("t5", dict(target_modules=r"decoder.*EncDecAttention\.(q|k)")),
     ("t5", dict(target_modules="all-linear")),
+    ("bert", dict(target_modules=["query", "output.dense"], use_dora=True, rank_pattern={"query": 2})),
+    ("gpt2", dict(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, use_dora=True, use_rslora=True)),
+    ("llama", dict(target_modules="all-linear", use_dora=True, lora_dropout=0.1)),
+    ("t5", dict(target_modules=["q", "v", "wo"], use_dora=True)),
 ]  # fmt: skip
 
 
@@ -93,6 +99,47 @@ def test_lora_of_peft_computes_the_same_here(tmp_path: Path, family: str, option
     delta = Delta.load(str(tmp_path / "theirs"), backbone)
     same(delta, theirs, family, backbone)
     back(delta, tmp_path, family, backbone)
+
+
+OFTS: list[tuple[str, dict[str, Any]]] = [
+    ("bert", dict(target_modules=["query", "value"], oft_block_size=8, use_cayley_neumann=False)),
+    ("bert", dict(target_modules=["query", "output.dense"], oft_block_size=32, use_cayley_neumann=False)),
+    ("roberta", dict(target_modules=["query", "output.dense"], r=4, oft_block_size=0, num_cayley_neumann_terms=7)),
+    ("llama", dict(target_modules="all-linear", oft_block_size=16, block_share=True, use_cayley_neumann=False)),
+    ("llama", dict(target_modules=["q_proj"], oft_block_size=4, num_cayley_neumann_terms=3)),
+    ("t5", dict(target_modules=["q", "v"], oft_block_size=8, layers_to_transform=[1])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "options"), OFTS)
+def test_oft_of_peft_computes_the_same_here(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    config = peft.OFTConfig(task_type=TASK.get(family), **options)
+    theirs = theirs_in(tmp_path / "theirs", family, config, size=0.05)
+    backbone = Backbone(tiny(family))
+    delta = Delta.load(str(tmp_path / "theirs"), backbone)
+    same(delta, theirs, family, backbone)
+    back(delta, tmp_path, family, backbone)
+
+
+def test_one_rotation_of_a_fused_linear_is_three_equal_ones(tmp_path: Path) -> None:
+    """And of three different ones there is no file, nor of what PEFT's OFT has no class for."""
+    model = peft.get_peft_model(build("gpt_neox"), peft.OFTConfig(target_modules=["query_key_value"], oft_block_size=8))
+    theirs = stirred(model, size=0.05)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    backbone = Backbone(build("gpt_neox"))
+    delta = Delta.load(str(tmp_path / "theirs"), backbone)
+    assert {site.name for site, _ in delta.at_sites()} == {"attn.q", "attn.k", "attn.v"}
+    ids = torch.arange(3, 12)[None]
+    with adapt(backbone, delta) as adapted, torch.no_grad():
+        first, second, bare = adapted(ids)[0], theirs.eval()(ids)[0], adapted(ids, deltas=None)[0]
+    assert float((bare - second).abs().max()) > 1e-3
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=5e-5)
+    write(export(delta, backbone), tmp_path / "again")
+    assert (tmp_path / "theirs" / TENSORS).read_bytes() == (tmp_path / "again" / TENSORS).read_bytes()
+    with pytest.raises(UserError, match="one rotation for the input of .*query_key_value"):
+        export(moved(Delta.build(parse("oft(b=8, at='attn.{q,k,v}')"), backbone)), backbone)
+    with pytest.raises(UserError, match="takes no Conv1D"):
+        export(Delta.build(parse("oft(b=8, at='ffn.up')"), Backbone(tiny("gpt2"))), Backbone(tiny("gpt2")))
 
 
 def back(delta: Delta, tmp_path: Path, family: str, backbone: Backbone) -> None:
@@ -158,6 +205,12 @@ OURS = [
     ("gpt2", "lora(r=2, alpha=8, at='attn.q') | lora(r=3, alpha=5, at='attn.v')"),
     ("llama", "lora(r=4, at='attn.{q,k,v,o} ffn.{up,gate,down} lm_head')"),
     ("t5", "lora(r=4, at='attn.q cross.{k,o} ffn.up')"),
+    *((family, "dora(r=4)") for family in ("bert", "gpt2", "llama", "t5")),
+    ("bert", "dora(r=2, alpha=5, at='attn.q') | dora(r=3, at='ffn.{up,down}')"),
+    ("gpt2", "dora(r=2, at='attn.{q,k,v,o} ffn.{up,down}')"),
+    *((family, "oft(b=8)") for family in ("bert", "llama", "t5")),
+    ("llama", "oft(b=4, share=True, neumann=6, at='attn.{q,o} ffn.down')"),
+    ("bert", "oft(b=8, at='attn.q') | oft(b=12, at='ffn.down')"),
     *((family, "ia3") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
     ("gpt2", "ia3(at='attn.k')"),
     *((family, "prompt(n=3)") for family in ("gpt2", "llama", "t5")),

@@ -15,7 +15,8 @@ from deltatune.laws.families import tiny
 from deltatune.laws.subject import Row, Subject, gradients, made, score
 
 SPECS = (
-    "lora(r=2)", "adapter(m=3)", "prefix(n=3)", "prompt(n=3)", "ia3", "bitfit", "lora(r=2) | prefix(n=2) | ia3",
+    "lora(r=2)", "adapter(m=3)", "prefix(n=3)", "prompt(n=3)", "ia3", "bitfit", "dora(r=2)", "oft(b=8)",
+    "lora(r=2) | prefix(n=2) | ia3",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import pytest
@@ -20,7 +21,9 @@ from deltatune.laws.subject import moved
 from deltatune.methods.addition.ia3 import IA3
 from deltatune.methods.addition.prefix import Prefix
 from deltatune.methods.addition.prompt import Prompt
+from deltatune.methods.reparameterization.dora import DoRA
 from deltatune.methods.reparameterization.lora import LoRA
+from deltatune.methods.reparameterization.oft import OFT
 
 LINEARS = {
     "bert": {"attn.q": "query", "attn.k": "key", "attn.v": "value", "ffn.up": "intermediate.dense", "ffn.down":
@@ -31,9 +34,9 @@ LINEARS = {
 Pairs = list[tuple[Tensor, Tensor]]  # ours, theirs
 
 
-def attached(spec: Method, family: str) -> Adapted:
+def attached(spec: Method, family: str, size: float = 0.2) -> Adapted:
     backbone = Backbone(tiny(family))
-    return Adapted(backbone, [moved(Delta.build(spec, backbone, name="ours"))])
+    return Adapted(backbone, [moved(Delta.build(spec, backbone, name="ours"), size=size)])
 
 
 def compared(
@@ -104,6 +107,62 @@ def test_lora(family: str) -> None:
         return found
 
     compared(ours, theirs, family, copy, gradients)
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "gpt2"])
+def test_dora(family: str) -> None:
+    """Lengths without a gradient of their own, biases apart; GPT-2's linears are [in, out]."""
+    part = ["attn.q", "attn.v", "ffn.up"] if family != "gpt2" else ["attn.o", "ffn.up", "ffn.down"]
+    targets = [LINEARS[family][p] for p in part] if family != "gpt2" else ["c_proj", "c_fc"]
+    ours = attached(DoRA(r=3, alpha=7.0, at=" ".join(part)), family)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=targets, use_dora=True, fan_in_fan_out=family == "gpt2"
+    )
+    theirs = peft.get_peft_model(tiny(family), config)
+
+    def pairs(pick: Callable[[Tensor], Tensor]) -> Pairs:
+        found = []
+        for site, layer in each(ours):
+            module = theirs.get_submodule(f"base_model.model.{site.exit}")
+            found.append((pick(layer.A), pick(module.lora_A["default"].weight)))
+            found.append((pick(layer.B), pick(module.lora_B["default"].weight)))
+            found.append((pick(layer.m), pick(module.lora_magnitude_vector["default"].weight)))
+        return found
+
+    def copy() -> None:
+        for (site, layer), (_, lengths) in zip(each(ours), pairs(lambda p: p)[2::3], strict=True):
+            fresh = Delta.build(DoRA(at=site.name, blocks=str(site.block)), ours.source)
+            start = next(la.m for s, la in fresh.at_sites() if s.key == site.key)
+            torch.testing.assert_close(start, lengths, rtol=1e-6, atol=0.0)  # both start at |W|
+            assert not torch.allclose(layer.m, start)
+        for own, other in pairs(lambda p: p):
+            other.copy_(own)
+
+    compared(ours, theirs, family, copy, lambda: pairs(grad))
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
+
+
+@pytest.mark.parametrize("options", [{}, {"share": True}, {"neumann": 5}, {"neumann": 4, "share": True}, {"neumann": 8}])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_oft(family: str, options: dict[str, Any]) -> None:
+    part = ["attn.q", "attn.v", "ffn.up"]
+    ours = attached(OFT(b=8, at=" ".join(part), **options), family, size=0.05)
+    config = peft.OFTConfig(
+        oft_block_size=8, block_share="share" in options, use_cayley_neumann="neumann" in options,
+        num_cayley_neumann_terms=options.get("neumann", 5), target_modules=[LINEARS[family][p] for p in part],
+    )  # fmt: skip
+    theirs = peft.get_peft_model(tiny(family), config)
+
+    def pairs(pick: Callable[[Tensor], Tensor]) -> Pairs:
+        modules = ((layer, theirs.get_submodule(f"base_model.model.{site.exit}")) for site, layer in each(ours))
+        return [(pick(layer.R), pick(module.oft_R["default"].weight)) for layer, module in modules]
+
+    def copy() -> None:
+        for own, other in pairs(lambda p: p):
+            other.copy_(own)
+
+    compared(ours, theirs, family, copy, lambda: pairs(grad))
     assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.errors import BackboneError
+from deltatune.backbone.blocks import linear_shape
+from deltatune.backbone.sites import Site
+from deltatune.errors import BackboneError, SiteError
 
 BITSANDBYTES = ("Params4bit", "Int8Params")
 
@@ -53,6 +55,27 @@ def read_weight(model: nn.Module, path: str) -> Tensor:
 
             return dequantize_bnb_weight(parameter, getattr(module, "state", None)).detach()
         return parameter.detach().dequantize()
+
+
+def linear_at(model: nn.Module, site: Site) -> nn.Module:
+    """Return the linear that a site is. SiteError where it is something else, or no module of its own."""
+    module = model.get_submodule(site.exit)
+    if site.inside or site.entry != site.exit or linear_shape(module) is None:
+        raise SiteError(f"{site.key} is no linear with a weight of its own; expected a site such as attn.q or ffn.up")
+    return module
+
+
+def read_linear(linear: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
+    """Return weight [d_out, d_in] and bias [d_out] (None where there is none) of a site of a linear, detached.
+
+    A plain weight is copied only where the site's rows are interleaved with others. Forms as for `read_weight`.
+    """
+    weight = read_weight(linear, "weight")
+    weight = weight if isinstance(linear, nn.Linear) else weight.mT  # GPT-2's Conv1D is [d_in, d_out]
+    bias = None if getattr(linear, "bias", None) is None else read_weight(linear, "bias")
+    if site.view is None:
+        return weight, bias
+    return site.view.take(weight.mT).mT, None if bias is None else site.view.take(bias)
 
 
 def _brought_in(module: nn.Module) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deltatune.backbone.fingerprint import compare
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site, rank
+from deltatune.backbone.weights import linear_at
 from deltatune.delta import attention, experts
 from deltatune.delta.bank import Bank
 from deltatune.delta.call import Swap, current, outside
@@ -141,6 +142,8 @@ class Attachment:
         ports: dict[str, tuple[list[Site], list[Site], list[Site]]] = {}
         for key, port in sorted(bank.places, key=lambda place: rank(bank.sites[place[0]])):
             site = bank.sites[key]
+            if any(layer.needs == "weight-read" for own in bank.places[key, port].values() for layer in own):
+                bank.linears[key] = linear_at(source.module, site)
             if site.inside:
                 module = source.module.get_submodule(site.exit)
                 experts.check_reachable(module, site)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.sites import Site
+from deltatune.backbone.weights import read_linear
 from deltatune.delta.call import Call, Segment
 from deltatune.delta.delta import Delta, generator
 from deltatune.delta.layer import Layer, Params, SpanningLayer
@@ -77,6 +78,7 @@ class Bank(nn.Module):
         # Set by the attachment: what the rest of the engine asks on each call.
         self.attention_sites: dict[nn.Module, Site] = {}
         self.expert_sites: dict[nn.Module, dict[str, Site]] = {}
+        self.linears: dict[str, nn.Module] = {}  # site -> the linear whose weight a layer there reads
         self.shared: dict[str, str] = {}  # site -> the block that serves as several
         self.has_tokens, self.two_stacks, self.weights_key = False, False, ""
         for delta, bound in zip(deltas, sites, strict=True):
@@ -141,11 +143,13 @@ class Bank(nn.Module):
     def params(self, call: Call, place: Place, run: Run, dtype: torch.dtype) -> Params:
         """Return the parameters of a run's layers with a leading axis `deltas`, in the dtype of the computation."""
         layers = run.layers
+        reads = layers[0].needs == "weight-read"
         grad = torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters())
         key = (run, dtype)
         if not grad and key in call.gathered:
             kept: Params = call.gathered[key]
             return kept
+        wanted, dtype = dtype, torch.promote_types(dtype, torch.float32) if reads else dtype
         if len(layers) == 1:
             tensors = {name: layers[0].get_parameter(name)[None].to(dtype) for name in layers[0].names()}
         else:
@@ -163,9 +167,18 @@ class Bank(nn.Module):
             for name in layers[0].tied:
                 tensors[name] = torch.stack([layer.get_parameter(name) for layer in layers]).to(dtype)
         params = Params({name: t[:, None] if t.ndim == 2 else t for name, t in tensors.items()})
+        if reads:
+            params = self._read(self.sites[place[0]], layers[0], params, wanted)
         if not grad:
             call.gathered[key] = params
         return params
+
+    def _read(self, site: Site, layer: Layer, params: Params, dtype: torch.dtype) -> Params:
+        like = next(iter(vars(params).values()))
+        weight, bias = read_linear(self.linears[site.key], site)
+        with torch.autocast(like.device.type, enabled=False):  # it would round what is summed up here
+            made = layer.read(params, weight.to(like), None if bias is None else bias.to(like))
+        return Params({name: tensor.to(dtype) for name, tensor in vars(made).items()})
 
     def _stack(self, place: Place, like: Layer) -> Stack:
         kind = like.kind()

@@ -33,7 +33,8 @@ class Layer(nn.Module):
     port              where it acts: on the exit of a span, the entry of a span, keys and values, tokens, the weights
     reads_input       forward wants the tensor at the entry of the span; `x` is None otherwise
     identity_at_init  a fresh layer changes nothing
-    needs             what it asks of the backbone's weights: only `output` works on any quantised linear
+    needs             what it asks of the backbone's weights: only `output` works on any quantised linear as it is;
+                      `weight-read` gets the weight of its linear through `read`
     scalable          a weight other than 0 and 1 has a meaning: h + w * (forward(x, h) - h)
     mergeable         the effect is a change of the weights
     linear            how the effect depends on the parameters: linear, bilinear or neither
@@ -79,8 +80,17 @@ class Layer(nn.Module):
         """
         raise NotImplementedError
 
+    def read(self, p: Params, weight: Tensor, bias: Tensor | None) -> Params:
+        """Return what `forward` and `merged` take, for a layer that reads the weight; p itself for any other.
+
+        weight [d_out, d_in] and bias [d_out] are the backbone's own at this site, whatever else acts there, and p is
+        in float32 at least. Called once per call where nothing is trained. Every tensor of the result has the leading
+        axis `deltas`, or one that stands for all of them.
+        """
+        return p
+
     def merged(self, p: Params, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and bias that have this layer's effect, for a mergeable layer; p as for one delta.
+        """Return the weight and bias that have this layer's effect, for a mergeable layer; p as `read` gives it.
 
         weight [d_out, d_in] of a linear or [d_out] of a norm, bias [d_out] or None where there is none.
         """

@@ -170,9 +170,9 @@ def _folded(
         for site, layer in layers:
             rows = torch.arange(len(weight), device=weight.device)
             rows = rows if site.view is None else site.view.take(rows)
-            part, part_bias = layer.merged(
-                own_params(layer, dtype, on), weight[rows], None if bias is None else bias[rows]
-            )
+            own_bias = None if bias_before is None else bias_before[rows]
+            params = layer.read(own_params(layer, dtype, on), before[rows], own_bias)
+            part, part_bias = layer.merged(params, weight[rows], None if bias is None else bias[rows])
             weight[rows] = part
             if part_bias is not None:
                 if bias is None:

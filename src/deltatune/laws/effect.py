@@ -8,6 +8,7 @@ from torch import Tensor
 from deltatune.backbone.blocks import linear_shape
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import VOCABULARY, Site
+from deltatune.backbone.weights import linear_at, read_linear
 from deltatune.delta.adapted import Adapted
 from deltatune.delta.layer import Layer, Params, SpanningLayer, own_params
 from deltatune.delta.merge import merge
@@ -149,14 +150,22 @@ def weighs_as_declared(subject: Subject) -> None:
         width = site.d_in if layer.port == "input" else site.d_out
         x, h, other = (torch.randn(1, 4, w, generator=draw, dtype=torch.float64) for w in (site.d_in, width, width))
         entry, params = x if layer.reads_input else None, own_params(layer, torch.float64)
-        whole = layer(params, entry, h) - h
+
+        def effect(p: Params, h: Tensor, site: Site = site, layer: Layer = layer, x: Tensor | None = entry) -> Tensor:
+            if layer.needs == "weight-read":
+                weight, bias = read_linear(linear_at(backbone.module, site), site)
+                p = layer.read(p, weight.to(x), None if bias is None else bias.to(x))
+            changed: Tensor = layer(p, x, h)
+            return changed - h
+
+        whole = effect(params, h)
         if layer.proportional:
             moved = {
                 name: layer.neutral + 0.25 * (getattr(params, name) - layer.neutral) for name in layer.proportional
             }
-            part = layer(Params(vars(params) | moved), entry, h) - h
+            part = effect(Params(vars(params) | moved), h)
             agree(part, 0.25 * whole, f"a quarter of {layer.proportional} at {site.key}")
-        same = torch.allclose(layer(params, entry, other) - other, whole, rtol=1e-9, atol=1e-9)
+        same = torch.allclose(effect(params, other), whole, rtol=1e-9, atol=1e-9)
         demand(same == layer.additive, f"{site.key}: declared additive={layer.additive}, found {same}")
 
 

@@ -22,9 +22,11 @@ from deltatune.backbone.sites import Site
 from deltatune.delta.assemble import Member, assembled
 from deltatune.delta.attach import check_fits
 from deltatune.delta.delta import Delta
+from deltatune.delta.exchange.dora import read_lora_or_dora, write_dora
+from deltatune.delta.exchange.oft import read_oft, write_oft
 from deltatune.delta.exchange.places import Naming
 from deltatune.delta.exchange.sequences import read_prefix, read_prompt, write_prefix, write_prompt
-from deltatune.delta.exchange.thin import PREFIX, read_ia3, read_lora, write_ia3, write_lora
+from deltatune.delta.exchange.thin import PREFIX, read_ia3, write_ia3, write_lora
 from deltatune.delta.files import whole_folder
 from deltatune.delta.method import members
 from deltatune.errors import DeltaFileError, DeltatuneError, OutputError, UnknownName, UserError
@@ -35,9 +37,14 @@ TASK = {"plain": None, "encoder": "FEATURE_EXTRACTION", "decoder": "CAUSAL_LM", 
 Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], Backbone, str], list[Member]]
 Writer = Callable[[Delta, Mapping[str, Site], Backbone], tuple[dict[str, Any], dict[str, Tensor]]]
 READERS: dict[str, Reader] = {
-    "LORA": read_lora, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix
+    "LORA": read_lora_or_dora, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix,
+    "OFT": read_oft,
 }  # fmt: skip
-WRITERS: dict[str, Writer] = {"lora": write_lora, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix}
+WRITERS: dict[str, Writer] = {
+    "lora": write_lora, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix,
+    "dora": write_dora,
+    "oft": write_oft,
+}  # fmt: skip
 
 # Options that the readers act on, or that say nothing about what is computed; any other must be unset.
 KNOWN = {
@@ -47,10 +54,13 @@ KNOWN = {
     "init_lora_weights", "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
     "ensure_weight_tying", "feedforward_modules", "init_ia3_weights", "num_virtual_tokens", "token_dim",
     "num_layers", "num_attention_heads", "num_transformer_submodules", "prefix_projection", "encoder_hidden_size",
+    "use_dora",
+    "oft_block_size", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms", "eps",
     "init_weights", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
 }  # fmt: skip
 WORDS = {
-    "use_dora": "DoRA: a trained magnitude beside the product",
+    "coft": "constrained OFT: it shortens its parameters in each forward",
+    "module_dropout": "OFT's dropout of whole blocks",
     "loftq_config": "LoftQ: it belongs to weights that it quantised itself",
     "layer_replication": "blocks that the backbone has not",
     "target_parameters": "a LoRA on parameters that are no linear, as experts are",

@@ -63,7 +63,7 @@ def modules_of(tensors: Mapping[str, Tensor], ends: Mapping[str, str], where: st
     return found
 
 
-def _placed(
+def placed_at(
     config: Mapping[str, Any], found: Mapping[str, dict[str, Tensor]], backbone: Backbone, where: str
 ) -> dict[str, tuple[str, list[Site]]]:
     """Return the file's path -> our path and sites of each module, after checking that the config selects them."""
@@ -71,7 +71,7 @@ def _placed(
     placed: dict[str, tuple[str, list[Site]]] = {}
     for path in found:
         module = naming.ours(path)
-        if module not in sites or sum(site.d_out for site in sites[module]) != _widths(module, backbone)[1]:
+        if module not in sites or sum(site.d_out for site in sites[module]) != widths(module, backbone)[1]:
             raise site_less(path, backbone, where)
         placed[path] = (module, sites[module])
     same_modules({module for module, _ in placed.values()}, config, naming, backbone, where)
@@ -84,23 +84,23 @@ def _placed(
     return placed
 
 
-def _widths(module: str, backbone: Backbone) -> tuple[int, int]:
+def widths(module: str, backbone: Backbone) -> tuple[int, int]:
     shape = linear_shape(backbone.module.get_submodule(module))
     assert shape is not None
     return shape
 
 
-def _check_shape(tensor: Tensor, expected: tuple[int, ...], key: str, where: str) -> None:
+def check_shape(tensor: Tensor, expected: tuple[int, ...], key: str, where: str) -> None:
     if tuple(tensor.shape) != expected:
         raise DeltaFileError(f"{where}: {key!r} has shape {tuple(tensor.shape)}, expected {expected} for this backbone")
 
 
-def _rows(site: Site, tensor: Tensor) -> Tensor:
+def rows_of(site: Site, tensor: Tensor) -> Tensor:
     """The rows of a tensor [d_out, ...] that belong to a site."""
     return tensor if site.view is None else site.view.take(tensor.mT).mT.contiguous()
 
 
-def _whole(site: Site, part: Tensor, like: Tensor) -> Tensor:
+def with_rows(site: Site, part: Tensor, like: Tensor) -> Tensor:
     """`like` [d_out, ...] with a site's rows replaced."""
     return part if site.view is None else site.view.put(like.mT, part.mT).mT.contiguous()
 
@@ -117,21 +117,21 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone
         )
     if config.get("bias", "none") != "none":
         raise DeltaFileError(f"{where} has bias={config['bias']!r}: trained biases of the backbone; expected 'none'")
-    tensors = _without_own_weights(tensors, backbone, where)
+    tensors = without_own_weights(tensors, backbone, where)
     found = modules_of(tensors, {".lora_A.weight": "A", ".lora_B.weight": "B"}, where)
     groups: dict[tuple[int, float], list[Part]] = {}
-    for path, (module, sites) in _placed(config, found, backbone, where).items():
+    for path, (module, sites) in placed_at(config, found, backbone, where).items():
         A, B = found[path]["A"], found[path]["B"]
         r, alpha = (
             _pattern(config.get(patterns), path, config[name])
             for patterns, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
         )
-        d_in, d_out = _widths(module, backbone)
-        _check_shape(A, (r, d_in), f"{PREFIX}{path}.lora_A.weight", where)
-        _check_shape(B, (d_out, r), f"{PREFIX}{path}.lora_B.weight", where)
+        d_in, d_out = widths(module, backbone)
+        check_shape(A, (r, d_in), f"{PREFIX}{path}.lora_A.weight", where)
+        check_shape(B, (d_out, r), f"{PREFIX}{path}.lora_B.weight", where)
         if config.get("use_rslora"):
             alpha *= math.sqrt(r)  # their scale is alpha / sqrt(r), ours alpha / r
-        own = [Part(site, {"A": A if i == 0 else A.clone(), "B": _rows(site, B)}) for i, site in enumerate(sites)]
+        own = [Part(site, {"A": A if i == 0 else A.clone(), "B": rows_of(site, B)}) for i, site in enumerate(sites)]
         groups.setdefault((r, float(alpha)), []).extend(own)
     dropout = config.get("lora_dropout") or 0.0
     return [
@@ -141,7 +141,7 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone
     ]
 
 
-def _without_own_weights(tensors: Mapping[str, Tensor], backbone: Backbone, where: str) -> dict[str, Tensor]:
+def without_own_weights(tensors: Mapping[str, Tensor], backbone: Backbone, where: str) -> dict[str, Tensor]:
     """Leave out the copies of the backbone's weights that PEFT saves beside a LoRA on the language-model head.
 
     DeltaFileError if they are others than this backbone's.
@@ -178,7 +178,7 @@ def write_lora(delta: Delta, bound: Mapping[str, Site], backbone: Backbone) -> t
         for address, site, layer in placed:
             method = methods[int(address.split("/")[0])]
             pieces.append((site, layer.get_parameter("A"), layer.get_parameter("B"), method["alpha"] / method["r"]))
-        A, B, scale = _joined(pieces, _widths(module, backbone)[1])
+        A, B, scale = _joined(pieces, widths(module, backbone)[1])
         tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = A, B
         # The spec's own alpha where it can be had: alpha / r * r may differ in the last bit.
         own = [
@@ -195,7 +195,7 @@ def write_lora(delta: Delta, bound: Mapping[str, Site], backbone: Backbone) -> t
         "rank_pattern": {re.escape(module): own for module, own in ranks.items() if own != r},
         "alpha_pattern": {re.escape(module): own for module, own in alphas.items() if own != alpha},
         "bias": "none",
-        "fan_in_fan_out": _transposed(ranks, backbone),
+        "fan_in_fan_out": transposed(ranks, backbone),
         "use_rslora": False,
         "use_dora": False,
     }, tensors
@@ -210,9 +210,9 @@ def _joined(pieces: Sequence[tuple[Site, Tensor, Tensor, float]], d_out: int) ->
     if apart and all(torch.equal(other, A) and own == scale for _, other, _, own in pieces):
         whole = B.new_zeros(d_out, B.shape[1])
         for place, _, part, _ in pieces:
-            whole = _whole(place, part, whole)
+            whole = with_rows(place, part, whole)
         return A, whole, scale
-    columns = [_whole(p, part * (own / scale), part.new_zeros(d_out, part.shape[1])) for p, _, part, own in pieces]
+    columns = [with_rows(p, part * (own / scale), part.new_zeros(d_out, part.shape[1])) for p, _, part, own in pieces]
     return torch.cat([piece[1] for piece in pieces]), torch.cat(columns, dim=1), scale
 
 
@@ -223,12 +223,12 @@ def read_ia3(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone:
     """Make the members of an (IA)³ file. DeltaFileError for a scale at the other end of a module than ours."""
     found = modules_of(tensors, {".ia3_l": "scale"}, where)
     method, parts = find("ia3"), []
-    for path, (module, sites) in _placed(config, found, backbone, where).items():
-        scale, (d_in, d_out) = found[path]["scale"], _widths(module, backbone)
+    for path, (module, sites) in placed_at(config, found, backbone, where).items():
+        scale, (d_in, d_out) = found[path]["scale"], widths(module, backbone)
         rule = config.get("feedforward_modules")
         # PEFT takes any end of the path here, not only whole words.
         inner = named(path, rule) if rule is None or isinstance(rule, str) else any(map(path.endswith, rule))
-        _check_shape(scale, (1, d_in) if inner else (d_out, 1), f"{PREFIX}{path}.ia3_l", where)
+        check_shape(scale, (1, d_in) if inner else (d_out, 1), f"{PREFIX}{path}.ia3_l", where)
         for site in sites:
             # The layer is asked for its port alone.
             if (method(at=site.name).layer(site, generator(0)).port == "input") != inner:
@@ -236,7 +236,7 @@ def read_ia3(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone:
                     f"{where} scales the {'input' if inner else 'output'} of {path!r}; (IA)³ at site {site.name!r} "
                     f"scales its {'output' if inner else 'input'}"
                 )
-            parts.append(Part(site, {"scale": scale.flatten() if inner else _rows(site, scale).flatten()}))
+            parts.append(Part(site, {"scale": scale.flatten() if inner else rows_of(site, scale).flatten()}))
     return members_of("ia3", {}, parts, backbone)
 
 
@@ -255,15 +255,15 @@ def write_ia3(delta: Delta, bound: Mapping[str, Site], backbone: Backbone) -> tu
                 inside.add(module)
                 whole = scale[None]
             else:
-                start = scale.new_ones(_widths(module, backbone)[1], 1) if whole is None else whole
-                whole = _whole(site, scale[:, None], start)
+                start = scale.new_ones(widths(module, backbone)[1], 1) if whole is None else whole
+                whole = with_rows(site, scale[:, None], start)
         assert whole is not None
         tensors[f"{PREFIX}{module}.ia3_l"] = whole
     return {
         "peft_type": "IA3",
         "target_modules": shortest(placed, backbone),
         "feedforward_modules": shortest(inside, backbone),
-        "fan_in_fan_out": _transposed(placed, backbone),
+        "fan_in_fan_out": transposed(placed, backbone),
     }, tensors
 
 
@@ -282,7 +282,7 @@ def by_module(delta: Delta, bound: Mapping[str, Site], backbone: Backbone) -> di
     return found
 
 
-def _transposed(modules: Mapping[str, Any], backbone: Backbone) -> bool:
+def transposed(modules: Mapping[str, Any], backbone: Backbone) -> bool:
     """Whether the weights are [in, out], as in GPT-2."""
     return any(not isinstance(backbone.module.get_submodule(m), torch.nn.Linear) for m in modules)
 
