@@ -21,6 +21,7 @@ from deltatune.methods.addition.ia3 import IA3
 from deltatune.methods.addition.prefix import Prefix
 from deltatune.methods.addition.prompt import Prompt
 from deltatune.methods.reparameterization.lora import LoRA
+from deltatune.methods.specification.lntuning import LNTuning
 
 LINEARS = {
     "bert": {"attn.q": "query", "attn.k": "key", "attn.v": "value", "ffn.up": "intermediate.dense", "ffn.down":
@@ -207,6 +208,46 @@ def test_ia3_on_gpt2() -> None:
             vector(site).copy_(layer.scale)
 
     compared(ours, theirs, "gpt2", copy, lambda: [(grad(la.scale), gradient(s)) for s, la in each(ours)])
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("bert", r".*layer\.\d+\..*LayerNorm"),
+        ("gpt2", ["ln_1", "ln_2"]),
+        ("llama", ["input_layernorm", "post_attention_layernorm"]),
+        ("t5", ["layer_norm"]),
+    ],
+)
+def test_ln_tuning(family: str, targets: list[str] | str) -> None:
+    """Theirs are gain and bias themselves; the gradient of our factor is the sum of what goes through both."""
+    ours = attached(LNTuning(), family)
+    theirs = peft.get_peft_model(tiny(family), peft.LNTuningConfig(target_modules=targets))
+
+    def norms(site: Site) -> tuple[nn.Module, nn.Module]:
+        module = theirs.get_submodule(f"base_model.model.{site.exit}")
+        return module.base_layer, module.ln_tuning_layers["default"]
+
+    def copy() -> None:
+        for site, layer in each(ours):
+            own, trained = norms(site)
+            trained.weight.copy_(own.weight * (1 + layer.gain))
+            if site.bias:
+                trained.bias.copy_(own.bias * (1 + layer.gain) + layer.bias)
+
+    def gradients() -> Pairs:
+        found = []
+        for site, layer in each(ours):
+            own, trained = norms(site)
+            through = own.weight * grad(trained.weight)
+            if site.bias:
+                through = through + own.bias * grad(trained.bias)
+                found.append((grad(layer.bias), grad(trained.bias)))
+            found.append((grad(layer.gain), through))
+        return found
+
+    compared(ours, theirs, family, copy, gradients)
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -14,6 +14,7 @@ SURFACE = [
     "Full",
     "Head",
     "IA3",
+    "LNTuning",
     "LoRA",
     "ParallelAdapter",
     "Prefix",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.blocks import is_norm, linear_shape
+from deltatune.backbone.gains import scale_and_offset
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site
 from deltatune.backbone.weights import offloaded, quantised
@@ -166,7 +167,9 @@ def _folded(
         before = (module.weight.detach().T if turned else module.weight.detach()).to(on).to(dtype)
         own = getattr(module, "bias", None)
         bias_before = None if own is None else own.detach().to(on).to(dtype)
-        weight, bias = before.clone(), None if bias_before is None else bias_before.clone()
+        scale, offset = scale_and_offset(module)
+        effective = before * scale + offset
+        weight, bias = effective.clone(), None if bias_before is None else bias_before.clone()
         for site, layer in layers:
             rows = torch.arange(len(weight), device=weight.device)
             rows = rows if site.view is None else site.view.take(rows)
@@ -175,11 +178,17 @@ def _folded(
             )
             weight[rows] = part
             if part_bias is not None:
+                if bias is None and not linear_shape(module):
+                    raise SiteError(
+                        f"a bias cannot be merged at {site.key}: {type(module).__name__} has none and would pass over "
+                        f"it; leave the delta attached"
+                    )
                 if bias is None:
                     bias = torch.zeros(len(weight), dtype=dtype, device=weight.device)
                 bias[rows] = part_bias
         here = tuple(dict.fromkeys(site for site, _ in layers))
-        made.append(Folded(path, module, turned, here, before, weight, bias_before, bias))
+        after = before if torch.equal(weight, effective) else (weight - offset) / scale
+        made.append(Folded(path, module, turned, here, before, after, bias_before, bias))
     return made
 
 

@@ -22,6 +22,7 @@ from deltatune.backbone.sites import Site
 from deltatune.delta.assemble import Member, assembled
 from deltatune.delta.attach import check_fits
 from deltatune.delta.delta import Delta
+from deltatune.delta.exchange.norms import read_ln, write_ln
 from deltatune.delta.exchange.places import Naming
 from deltatune.delta.exchange.sequences import read_prefix, read_prompt, write_prefix, write_prompt
 from deltatune.delta.exchange.thin import PREFIX, read_ia3, read_lora, write_ia3, write_lora
@@ -36,9 +37,13 @@ TASK = {"encoder": "FEATURE_EXTRACTION", "decoder": "CAUSAL_LM", "encoder-decode
 Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], Backbone, str], list[Member]]
 Writer = Callable[[Delta, Mapping[str, Site], Backbone], tuple[dict[str, Any], dict[str, Tensor]]]
 READERS: dict[str, Reader] = {
-    "LORA": read_lora, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix
+    "LORA": read_lora, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix,
+    "LN_TUNING": read_ln,
 }  # fmt: skip
-WRITERS: dict[str, Writer] = {"lora": write_lora, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix}
+WRITERS: dict[str, Writer] = {
+    "lora": write_lora, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix,
+    "lntuning": write_ln,
+}  # fmt: skip
 
 # Options that the readers act on, or that say nothing about what is computed; any other must be unset.
 KNOWN = {
