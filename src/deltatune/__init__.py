@@ -24,6 +24,7 @@ _LAZY: dict[str, str] = {
     "Prefix": "deltatune.methods.addition.prefix",
     "Prompt": "deltatune.methods.addition.prompt",
     "Task": "deltatune.data.task",
+    "TrainableTokens": "deltatune.methods.specification.trainabletokens",
     "UserError": "deltatune.errors",
     "adapt": "deltatune.delta.adapted",
     "blend": "deltatune.delta.blend",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from deltatune.methods.reparameterization.lora import LoRA as LoRA
     from deltatune.methods.specification.bitfit import BitFit as BitFit
     from deltatune.methods.specification.lntuning import LNTuning as LNTuning
+    from deltatune.methods.specification.trainabletokens import TrainableTokens as TrainableTokens
     from deltatune.studies.verbs import fit as fit
     from deltatune.studies.verbs import fit_many as fit_many
     from deltatune.studies.verbs import tune as tune

@@ -63,6 +63,8 @@ FORMULAS: dict[str, Callable[[str], int]] = {
     "lora": lambda f: 2 * STACKS.get(f, 1) * 8 * ((D + D) + (D + KV.get(f, D))),
     "bitfit": biases,
     "lntuning": gains,
+    "trainabletokens": lambda f: V * D,
+    "lora of a table": lambda f: 4 * (V + D),
     # A is held once for each stack of equal shapes, B at each site.
     "lora tied": lambda f: 4 * (D + 2 * STACKS.get(f, 1) * (D + KV.get(f, D))),
     # D and U are held once, the biases at each site.

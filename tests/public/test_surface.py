@@ -20,6 +20,7 @@ SURFACE = [
     "Prefix",
     "Prompt",
     "Task",
+    "TrainableTokens",
     "UserError",
     "__version__",
     "adapt",
