@@ -18,11 +18,13 @@ _LAZY: dict[str, str] = {
     "Full": "deltatune.methods.baseline.full",
     "Head": "deltatune.methods.baseline.head",
     "IA3": "deltatune.methods.addition.ia3",
+    "LNTuning": "deltatune.methods.specification.lntuning",
     "LoRA": "deltatune.methods.reparameterization.lora",
     "ParallelAdapter": "deltatune.methods.addition.parallel_adapter",
     "Prefix": "deltatune.methods.addition.prefix",
     "Prompt": "deltatune.methods.addition.prompt",
     "Task": "deltatune.data.task",
+    "TrainableTokens": "deltatune.methods.specification.trainabletokens",
     "UserError": "deltatune.errors",
     "adapt": "deltatune.delta.adapted",
     "blend": "deltatune.delta.blend",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
     from deltatune.methods.baseline.head import Head as Head
     from deltatune.methods.reparameterization.lora import LoRA as LoRA
     from deltatune.methods.specification.bitfit import BitFit as BitFit
+    from deltatune.methods.specification.lntuning import LNTuning as LNTuning
+    from deltatune.methods.specification.trainabletokens import TrainableTokens as TrainableTokens
     from deltatune.studies.verbs import fit as fit
     from deltatune.studies.verbs import fit_many as fit_many
     from deltatune.studies.verbs import tune as tune

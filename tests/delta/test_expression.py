@@ -87,6 +87,7 @@ def specs(cls: type[Method]) -> st.SearchStrategy[Method]:
         "at": st.sampled_from(["attn.q", "ffn", "attn.{q,v} ffn.up"]) | st.text(),
         "blocks": st.none() | st.text(),
         "tie": st.text(),
+        "tokens": st.text(),
     }
     fields = {}
     for name, field in cls.model_fields.items():

@@ -104,7 +104,7 @@ def test_what_is_no_change_of_weights_is_refused_and_nothing_is_written(text: st
 
 def test_a_span_of_several_modules_is_refused() -> None:
     on = backbone()
-    with pytest.raises(SiteError, match="encoder.0.ffn is no linear and no norm"):
+    with pytest.raises(SiteError, match="encoder.0.ffn is no linear, table or norm with a weight"):
         merge(on, delta('lora(at="ffn")', on))
 
 

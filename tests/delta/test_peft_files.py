@@ -195,6 +195,24 @@ def test_prefix_of_peft_computes_the_same_here(tmp_path: Path, family: str, proj
     back(delta, tmp_path, family, backbone)
 
 
+LNS: list[tuple[str, dict[str, Any]]] = [
+    ("bert", dict(target_modules=["LayerNorm"])),
+    ("bert", dict(target_modules=r".*attention\.output\.LayerNorm")),
+    ("gpt2", {}),
+    ("llama", {}),
+    ("t5", {}),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), LNS)
+def test_ln_tuning_of_peft_computes_the_same_here(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    theirs = theirs_in(tmp_path / "theirs", family, peft.LNTuningConfig(task_type=TASK.get(family), **options))
+    backbone = Backbone(tiny(family))
+    delta = Delta.load(str(tmp_path / "theirs"), backbone)
+    same(delta, theirs, family, backbone)
+    back(delta, tmp_path, family, backbone)
+
+
 OURS = [
     *((family, "lora(r=4)") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
     ("bert", "lora(r=4, alpha=7, at='attn.{q,k,v,o} ffn.{up,down}')"),
@@ -213,6 +231,8 @@ OURS = [
     ("bert", "oft(b=8, at='attn.q') | oft(b=12, at='ffn.down')"),
     *((family, "ia3") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
     ("gpt2", "ia3(at='attn.k')"),
+    *((family, "lntuning") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
+    ("gpt2", "lntuning(at='norm.{attn,final}')"),
     *((family, "prompt(n=3)") for family in ("gpt2", "llama", "t5")),
     *((family, "prefix(n=3, shift=True)") for family in ("bert", "roberta", "gpt2", "llama")),
 ]

@@ -18,6 +18,7 @@ from deltatune.methods.addition.prefix import Prefix
 from deltatune.methods.reparameterization.lora import LoRA
 
 VARIANTS: dict[str, Spec] = {
+    "lora of a table": LoRA(r=4, at="embed"),
     "lora tied": LoRA(r=4, tie="A"),
     "adapter tied": Adapter(m=4, tie="down up"),
     "lora | prefix | ia3": LoRA(r=2, at="ffn.{up,down}") | Prefix(n=3) | IA3(),

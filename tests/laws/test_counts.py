@@ -46,6 +46,12 @@ def biases(family: str) -> int:
     return {"llama": 2 * (attention + F + F + D), "t5": attentions(family) * attention + 4 * (F + D)}[family]
 
 
+def gains(family: str) -> int:
+    """Two norms a block, in T5's decoder a third; RMSNorms have no bias."""
+    norms = 4 + (2 * 3 if family == "t5" else 0)
+    return norms * D * (1 if family in ("llama", "t5") else 2)
+
+
 FORMULAS: dict[str, Callable[[str], int]] = {
     "adapter": lambda f: sublayers(f) * (2 * D * 24 + D + 24),
     "parallel_adapter": lambda f: sublayers(f) // 2 * (2 * D * 24 + D + 24),
@@ -56,6 +62,9 @@ FORMULAS: dict[str, Callable[[str], int]] = {
     "head": lambda f: 0,
     "lora": lambda f: 2 * STACKS.get(f, 1) * 8 * ((D + D) + (D + KV.get(f, D))),
     "bitfit": biases,
+    "lntuning": gains,
+    "trainabletokens": lambda f: V * D,
+    "lora of a table": lambda f: 4 * (V + D),
     # A is held once for each stack of equal shapes, B at each site.
     "lora tied": lambda f: 4 * (D + 2 * STACKS.get(f, 1) * (D + KV.get(f, D))),
     # D and U are held once, the biases at each site.

@@ -24,6 +24,7 @@ from deltatune.methods.addition.prompt import Prompt
 from deltatune.methods.reparameterization.dora import DoRA
 from deltatune.methods.reparameterization.lora import LoRA
 from deltatune.methods.reparameterization.oft import OFT
+from deltatune.methods.specification.lntuning import LNTuning
 
 LINEARS = {
     "bert": {"attn.q": "query", "attn.k": "key", "attn.v": "value", "ffn.up": "intermediate.dense", "ffn.down":
@@ -116,9 +117,7 @@ def test_dora(family: str) -> None:
     part = ["attn.q", "attn.v", "ffn.up"] if family != "gpt2" else ["attn.o", "ffn.up", "ffn.down"]
     targets = [LINEARS[family][p] for p in part] if family != "gpt2" else ["c_proj", "c_fc"]
     ours = attached(DoRA(r=3, alpha=7.0, at=" ".join(part)), family)
-    config = peft.LoraConfig(
-        r=3, lora_alpha=7, target_modules=targets, use_dora=True, fan_in_fan_out=family == "gpt2"
-    )
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, use_dora=True, fan_in_fan_out=family == "gpt2")
     theirs = peft.get_peft_model(tiny(family), config)
 
     def pairs(pick: Callable[[Tensor], Tensor]) -> Pairs:
@@ -143,7 +142,9 @@ def test_dora(family: str) -> None:
     assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
 
 
-@pytest.mark.parametrize("options", [{}, {"share": True}, {"neumann": 5}, {"neumann": 4, "share": True}, {"neumann": 8}])
+@pytest.mark.parametrize(
+    "options", [{}, {"share": True}, {"neumann": 5}, {"neumann": 4, "share": True}, {"neumann": 8}]
+)
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_oft(family: str, options: dict[str, Any]) -> None:
     part = ["attn.q", "attn.v", "ffn.up"]
@@ -266,6 +267,46 @@ def test_ia3_on_gpt2() -> None:
             vector(site).copy_(layer.scale)
 
     compared(ours, theirs, "gpt2", copy, lambda: [(grad(la.scale), gradient(s)) for s, la in each(ours)])
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("bert", r".*layer\.\d+\..*LayerNorm"),
+        ("gpt2", ["ln_1", "ln_2"]),
+        ("llama", ["input_layernorm", "post_attention_layernorm"]),
+        ("t5", ["layer_norm"]),
+    ],
+)
+def test_ln_tuning(family: str, targets: list[str] | str) -> None:
+    """Theirs are gain and bias themselves; the gradient of our factor is the sum of what goes through both."""
+    ours = attached(LNTuning(), family)
+    theirs = peft.get_peft_model(tiny(family), peft.LNTuningConfig(target_modules=targets))
+
+    def norms(site: Site) -> tuple[nn.Module, nn.Module]:
+        module = theirs.get_submodule(f"base_model.model.{site.exit}")
+        return module.base_layer, module.ln_tuning_layers["default"]
+
+    def copy() -> None:
+        for site, layer in each(ours):
+            own, trained = norms(site)
+            trained.weight.copy_(own.weight * (1 + layer.gain))
+            if site.bias:
+                trained.bias.copy_(own.bias * (1 + layer.gain) + layer.bias)
+
+    def gradients() -> Pairs:
+        found = []
+        for site, layer in each(ours):
+            own, trained = norms(site)
+            through = own.weight * grad(trained.weight)
+            if site.bias:
+                through = through + own.bias * grad(trained.bias)
+                found.append((grad(layer.bias), grad(trained.bias)))
+            found.append((grad(layer.gain), through))
+        return found
+
+    compared(ours, theirs, family, copy, gradients)
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

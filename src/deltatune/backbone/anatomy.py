@@ -171,8 +171,8 @@ def _global_sites(
     paths = {id(module): path for path, module in model.named_modules()}
     first = next(name for name in ("text", "encoder", "decoder", *stacks) if name in stacks)
 
-    def add(name: str, stack: str, path: str, d_in: int, d_out: int, bias: bool = False) -> None:
-        site = Site(name, stack, None, path, path, d_in, d_out, bias=bias)
+    def add(name: str, stack: str, path: str, d_in: int, d_out: int, bias: bool = False, words: int = 0) -> None:
+        site = Site(name, stack, None, path, path, d_in, d_out, bias=bias, words=words)
         sites.setdefault(site.key, site)
 
     # Of an encoder-decoder take the encoder's own module: the shared one may hold the table and never be called.
@@ -180,7 +180,7 @@ def _global_sites(
     for owner, stack in ((trunk.get_encoder(), first), (trunk.get_decoder(), "decoder")) if two else ((trunk, first),):
         embed = _table(owner)
         if embed is not None:
-            add("embed", stack, paths[id(embed)], embed.embedding_dim, embed.embedding_dim)
+            add("embed", stack, paths[id(embed)], embed.embedding_dim, embed.embedding_dim, words=embed.num_embeddings)
             break
     inside = tuple(f"{block.path}." for blocks in stacks.values() for block in blocks)
     for path, module in trunk.named_modules(prefix=trunk_path):

@@ -75,8 +75,9 @@ class Site:
     is at run time; "parts": each row's windows or tokens, row after row; "none": of a second call of the module in the
     same block, on a table that all rows share. `bias` says whether the exit module has a bias of its own. `call` is
     for a block that serves as several: the site is its run of this number, out of `calls` in a forward. `inside` is
-    for what a module computes in no module of its own, as a mixture computes its experts. `shapes` is for the site
-    `weights` alone: the canonical key and shape of every parameter of the trunk.
+    for what a module computes in no module of its own, as a mixture computes its experts. `words` is for a table of
+    tokens alone: how many it has; its entry is their ids, and d_in is what comes out. `shapes` is for the site `weights`
+    alone: the canonical key and shape of every parameter of the trunk.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Site:
     call: int = 0
     calls: int = 1
     inside: bool = False
+    words: int = 0
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
@@ -181,20 +183,26 @@ def _in_blocks(sites: Sequence[Site], blocks: str) -> list[Site]:
 
 
 def block_numbers(blocks: str, depth: int) -> set[int]:
-    """Return the block numbers that `blocks` names in a stack of `depth` blocks.
+    """Return the block numbers that `blocks` names in a stack of `depth` blocks. SiteError as for `numbers`."""
+    return set(numbers(blocks, depth, "blocks", "the stack"))
 
-    SiteError if `blocks` does not parse or names a block that is not there.
+
+def numbers(text: str, size: int, what: str, where: str = "the table") -> list[int]:
+    """Return the numbers below `size` that a slice or list such as "-4:" or "0,2,5" names, each once, in its order.
+
+    `what` is in it (blocks, tokens), `where` holds them. SiteError if it does not parse, names none, or one that is not
+    there.
     """
-    numbers: set[int] = set()
-    for part in blocks.split(","):
+    found: dict[int, None] = {}
+    for part in text.split(","):
         match = re.fullmatch(r"\s*(-?\d+)?\s*(:)?\s*(-?\d+)?\s*", part)
         if not match or not part.strip() or (match[3] and not match[2]):
-            raise SiteError(f"blocks={blocks!r} does not parse: expected a slice or a list such as '-4:' or '0,2,5'")
+            raise SiteError(f"{what}={text!r} does not parse: expected a slice or a list such as '-4:' or '0,2,5'")
         first, colon, last = match.groups()
         if colon:
-            numbers.update(range(depth)[slice(int(first) if first else None, int(last) if last else None)])
+            found.update(dict.fromkeys(range(size)[slice(int(first) if first else None, int(last) if last else None)]))
             continue
-        if not -depth <= int(first) < depth:
-            raise SiteError(f"blocks={blocks!r} names block {first}; the stack has {depth} blocks, 0 to {depth - 1}")
-        numbers.add(int(first) % depth)
-    return numbers
+        if not -size <= int(first) < size:
+            raise SiteError(f"{what}={text!r} names {what[:-1]} {first}; {where} has {size} {what}, 0 to {size - 1}")
+        found[int(first) % size] = None
+    return list(found)

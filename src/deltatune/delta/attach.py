@@ -313,6 +313,10 @@ def check_fits(delta: Delta, source: Backbone, *, verify: bool = True) -> dict[s
                 f"{source.name!r} has {here.d_in}->{here.d_out}"
             )
         layer = delta.layers[address]
+        if isinstance(layer, Layer) and layer.reads_ids and here.words != site.words:
+            raise BackboneMismatch(
+                f"delta {delta.name!r} needs a table of {site.words} tokens, {source.name!r} has one of {here.words}"
+            )
         if isinstance(layer, Layer) and layer.needs == "weight-write":
             refuse_unwritable(delta.name, source)
         if isinstance(layer, Layer) and layer.port == "kv" and here.heads is None:

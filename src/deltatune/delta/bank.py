@@ -212,6 +212,7 @@ class Bank(nn.Module):
         rounds = call.plan.rounds(place)
         if not rounds:
             return h
+        x = x[..., None] if x is not None and site.words else x  # an id stands where others have a vector
         part = site.view.take(h) if site.view is not None and port == "output" else h
         if call.packed is not None:
             shape, part = part.shape, call.packed.flat(part, site.key)
@@ -277,7 +278,7 @@ class Bank(nn.Module):
         layer, k = run.layers[0], len(run.layers)
         params = self.params(call, place, run, h.dtype)
         if x is not None and layer.reads_input:
-            x = x.to(h)  # a span's entry may be on another device
+            x = x.to(h.device) if layer.reads_ids else x.to(h)  # a span's entry may be on another device
             if layer.dropout and call.training:
                 x = dropped(call, run, place, layer.dropout, x)
         grid = call.packed.parts(run.start, run.stop, k) if call.packed is not None and k > 1 else None

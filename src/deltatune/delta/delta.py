@@ -170,8 +170,11 @@ def _check_port(layer: Layer, site: Site, method: str) -> None:
         raise SiteError(
             f"{method} cannot stand at {site.name!r}; expected {f'at={wants!r}' if wants else 'another site'}"
         )
-    if site.name == "embed" and (layer.port == "input" or (layer.reads_input and layer.port == "output")):
+    reads = layer.reads_input and layer.port == "output"
+    if site.name == "embed" and (layer.port == "input" or (reads and not layer.reads_ids)):
         raise SiteError(f"{method} reads vectors, and the input of 'embed' is token ids; choose another site")
+    if layer.reads_ids and not site.words:
+        raise SiteError(f"{method} reads token ids, and the input of {site.name!r} is vectors; it stands at 'embed'")
     if layer.port == "kv" and site.heads is None:
         raise SiteError(f"{method} needs attention sites ('attn', 'cross'); it cannot stand at {site.key!r}")
 

@@ -32,6 +32,7 @@ class Layer(nn.Module):
 
     port              where it acts: on the exit of a span, the entry of a span, keys and values, tokens, the weights
     reads_input       forward wants the tensor at the entry of the span; `x` is None otherwise
+    reads_ids         that tensor is token ids [deltas, positions, 1]: the layer stands at a table
     identity_at_init  a fresh layer changes nothing
     needs             what it asks of the backbone's weights: only `output` works on any quantised linear as it is;
                       `weight-read` gets the weight of its linear through `read`
@@ -45,6 +46,7 @@ class Layer(nn.Module):
 
     port: ClassVar[Port] = "output"
     reads_input: ClassVar[bool] = True
+    reads_ids: ClassVar[bool] = False
     identity_at_init: ClassVar[bool] = True
     needs: ClassVar[Needs] = "output"
     scalable: ClassVar[bool] = True
@@ -92,7 +94,8 @@ class Layer(nn.Module):
     def merged(self, p: Params, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight and bias that have this layer's effect, for a mergeable layer; p as `read` gives it.
 
-        weight [d_out, d_in] of a linear or [d_out] of a norm, bias [d_out] or None where there is none.
+        weight [d_out, d_in] of a linear, [d_out, tokens] of a table or [d_out] of a norm, bias [d_out] or None where
+        there is none.
         """
         raise NotImplementedError
 

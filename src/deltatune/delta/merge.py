@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.blocks import is_norm, linear_shape
+from deltatune.backbone.gains import scale_and_offset
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site
 from deltatune.backbone.weights import offloaded, quantised
@@ -72,7 +73,7 @@ def merge(backbone: Backbone, delta: Delta, *, verify: bool = True) -> Merged:
     changes: list[Change] = []
     written: dict[int, nn.Parameter] = {}  # a parameter that stands in several places stays one
     with torch.no_grad():
-        for module, name, value, path in _values(backbone, found):  # type: ignore[arg-type]
+        for module, name, value, path in _values(backbone, delta, found):  # type: ignore[arg-type]
             before = module._parameters.get(name)
             kept.append((module, name, before))
             after = written.get(id(before)) if before is not None else None
@@ -102,9 +103,6 @@ def _check(backbone: Backbone, delta: Delta, found: Sequence[tuple[Site, Layer]]
             f"{delta.name!r} cannot be merged: at {stuck.key} it is no change of the weights; leave it attached, or "
             f"fit one that is, such as lora"
         )
-    places: dict[int, list[str]] = defaultdict(list)
-    for path, parameter in backbone.module.named_parameters(remove_duplicate=False):
-        places[id(parameter)].append(path)
     for site, layer in found:
         if isinstance(layer, WeightLayer):
             continue
@@ -114,19 +112,17 @@ def _check(backbone: Backbone, delta: Delta, found: Sequence[tuple[Site, Layer]]
                 f"{delta.name!r} cannot be merged: the weights at {site.key} serve as {site.calls} blocks, and it acts "
                 f"in one of them; leave it attached"
             )
-        if site.entry != site.exit or not (linear_shape(module) or is_norm(module)):
-            raise SiteError(f"{delta.name!r} cannot be merged: {site.key} is no linear and no norm; leave it attached")
-        shared = places[id(module._parameters["weight"])]
-        if len(shared) > 1:
+        weight = module._parameters.get("weight")
+        if site.entry != site.exit or weight is None or not (linear_shape(module) or is_norm(module) or site.words):
             raise SiteError(
-                f"{delta.name!r} cannot be merged: the weight at {site.key} is also {shared[0]}, which would change "
-                f"with it; leave the delta attached, or fit one without that site"
+                f"{delta.name!r} cannot be merged: {site.key} is no linear, table or norm with a weight; leave it "
+                f"attached"
             )
 
 
 @dataclass(frozen=True)
 class Folded:
-    """One linear or norm with all that a delta does to it folded in, weights as [d_out, d_in] or [d_out]."""
+    """A linear, table or norm with all that a delta does to it folded in, weights as [d_out, d_in] or [d_out]."""
 
     path: str
     module: Any
@@ -146,11 +142,11 @@ def fold(backbone: Backbone, delta: Delta, *, verify: bool = True) -> list[Folde
     sites = check_fits(delta, backbone, verify=verify)
     found: list[tuple[Site, Layer]] = [(sites[a], layer) for a, layer in delta.layers.items()]  # type: ignore[misc]
     _check(backbone, delta, found)
-    return _folded(backbone, found, torch.float64, torch.device("cpu"))  # MPS has no float64
+    return _folded(backbone, delta, found, torch.float64, torch.device("cpu"))  # MPS has no float64
 
 
 def _folded(
-    backbone: Backbone, found: Sequence[tuple[Site, Layer]], least: torch.dtype, on: torch.device
+    backbone: Backbone, delta: Delta, found: Sequence[tuple[Site, Layer]], least: torch.dtype, on: torch.device
 ) -> list[Folded]:
     by_module: dict[str, list[tuple[Site, Layer]]] = defaultdict(list)
     for site, layer in found:
@@ -161,12 +157,14 @@ def _folded(
         module: Any = backbone.module.get_submodule(path)
         # The input of all that stands here passes the input ports first, so they are the last to be folded in.
         layers.sort(key=lambda pair: pair[1].port == "input")
-        turned = linear_shape(module) is not None and not isinstance(module, nn.Linear)  # GPT-2's Conv1D
+        turned = not (is_norm(module) or isinstance(module, nn.Linear))  # GPT-2's Conv1D, and a table
         dtype = torch.promote_types(module.weight.dtype, least)
         before = (module.weight.detach().T if turned else module.weight.detach()).to(on).to(dtype)
         own = getattr(module, "bias", None)
         bias_before = None if own is None else own.detach().to(on).to(dtype)
-        weight, bias = before.clone(), None if bias_before is None else bias_before.clone()
+        scale, offset = scale_and_offset(module)
+        effective = before * scale + offset
+        weight, bias = effective.clone(), None if bias_before is None else bias_before.clone()
         for site, layer in layers:
             rows = torch.arange(len(weight), device=weight.device)
             rows = rows if site.view is None else site.view.take(rows)
@@ -175,21 +173,46 @@ def _folded(
             part, part_bias = layer.merged(params, weight[rows], None if bias is None else bias[rows])
             weight[rows] = part
             if part_bias is not None:
+                if bias is None and not linear_shape(module):
+                    raise SiteError(
+                        f"a bias cannot be merged at {site.key}: {type(module).__name__} has none and would pass over "
+                        f"it; leave the delta attached"
+                    )
                 if bias is None:
                     bias = torch.zeros(len(weight), dtype=dtype, device=weight.device)
                 bias[rows] = part_bias
         here = tuple(dict.fromkeys(site for site, _ in layers))
-        made.append(Folded(path, module, turned, here, before, weight, bias_before, bias))
+        after = before if torch.equal(weight, effective) else (weight - offset) / scale
+        made.append(Folded(path, module, turned, here, before, after, bias_before, bias))
+    _check_shared(backbone, delta, made)
     return made
 
 
-def _values(backbone: Backbone, found: Sequence[tuple[Site, Layer]]) -> list[tuple[nn.Module, str, Tensor, str]]:
+def _check_shared(backbone: Backbone, delta: Delta, made: Sequence[Folded]) -> None:
+    """SiteError if a weight stands in several places, and not all of them change alike."""
+    places: dict[int, list[str]] = defaultdict(list)
+    for path, parameter in backbone.module.named_parameters(remove_duplicate=False):
+        places[id(parameter)].append(path)
+    after = {f"{one.path}.weight": one.weight_after.T if one.turned else one.weight_after for one in made}
+    for one in made:
+        own = after[f"{one.path}.weight"]
+        for path in places[id(one.module.weight)]:
+            if path not in after or not torch.equal(after[path], own):
+                raise SiteError(
+                    f"{delta.name!r} cannot be merged: the weight at {one.sites[0].key} is also {path}, which would "
+                    f"change with it; leave the delta attached, or fit one without that site"
+                )
+
+
+def _values(
+    backbone: Backbone, delta: Delta, found: Sequence[tuple[Site, Layer]]
+) -> list[tuple[nn.Module, str, Tensor, str]]:
     """Return what is to be written: module, name of its parameter, value in the dtype of the computation, path."""
     values: list[tuple[nn.Module, str, Tensor, str]] = []
     for _, layer in found:
         if isinstance(layer, WeightLayer):
             values += _whole(backbone, layer)
-    for one in _folded(backbone, found, torch.float32, backbone.device):
+    for one in _folded(backbone, delta, found, torch.float32, backbone.device):
         if not torch.equal(one.weight_after, one.weight):
             after = one.weight_after.T.contiguous() if one.turned else one.weight_after
             values.append((one.module, "weight", after, one.path))

@@ -45,7 +45,7 @@ def rewrite(
     if ids is None and embeds is None:
         raise RoutingError("a prompt needs input_ids or inputs_embeds, given by name")
     if embeds is None:
-        embeds = backbone.embeddings(ids)
+        embeds = _table(backbone)(ids)
     rows, length = embeds.shape[:2]
     number = added.shape[1]
     limit = backbone.positions
@@ -82,6 +82,12 @@ def rewrite(
     if types is not None:
         inputs["token_type_ids"] = between(types, types.gather(1, column_of(first, types)).expand(rows, number))
     return placed
+
+
+def _table(backbone: Backbone) -> nn.Module:
+    """The table that the network itself reads the tokens from, at which layers may stand."""
+    site = next(s for s in backbone.anatomy.sites if s.name == "embed")
+    return backbone.module.get_submodule(site.exit)
 
 
 def _first(mask: Tensor) -> Tensor | None:

@@ -134,7 +134,8 @@ def scales_as_declared(subject: Subject) -> None:
     for site, layer in delta.at_sites():
         if len(adapted.bank.layers_at((site.key, layer.port))["subject"]) > 1:
             continue
-        x, h = (torch.randn(3, 4, width, dtype=backbone.dtype) for width in (site.d_in, _width(backbone, site, layer)))
+        x, h = _entry(site, 3), torch.randn(3, 4, _width(backbone, site, layer)).to(backbone.dtype)
+        x = x.squeeze(-1) if site.words else x.to(backbone.dtype)
         full, part = (adapted.bank.execute(call, site, layer.port, x, h) for call in (whole, half))
         agree(part, h + 0.5 * (full - h), f"weight 0.5 at {site.key}")
 
@@ -148,7 +149,8 @@ def weighs_as_declared(subject: Subject) -> None:
             demand(not layer.proportional and not layer.additive, f"{site.key}: nothing of it can be weighed")
             continue
         width = site.d_in if layer.port == "input" else site.d_out
-        x, h, other = (torch.randn(1, 4, w, generator=draw, dtype=torch.float64) for w in (site.d_in, width, width))
+        x = _entry(site, 1)
+        h, other = (torch.randn(1, 4, width, generator=draw, dtype=torch.float64) for _ in range(2))
         entry, params = x if layer.reads_input else None, own_params(layer, torch.float64)
 
         def effect(p: Params, h: Tensor, site: Site = site, layer: Layer = layer, x: Tensor | None = entry) -> Tensor:
@@ -169,6 +171,14 @@ def weighs_as_declared(subject: Subject) -> None:
         demand(same == layer.additive, f"{site.key}: declared additive={layer.additive}, found {same}")
 
 
+def _entry(site: Site, rows: int) -> Tensor:
+    """Something that may come in at a site, four positions a row; ids as a layer gets them."""
+    draw = torch.Generator().manual_seed(1)
+    if site.words:
+        return torch.randint(site.words, (rows, 4, 1), generator=draw)
+    return torch.randn(rows, 4, site.d_in, generator=draw, dtype=torch.float64)
+
+
 def _width(backbone: Backbone, site: Site, layer: Layer) -> int:
     """Width of the tensor that the layer's module gives out, or takes in."""
     if layer.port == "input":
@@ -186,7 +196,7 @@ def merges_as_declared(subject: Subject) -> None:
     rows = subject.rows(3)
     wanted = subject.run(Adapted(backbone, [delta]), rows, "subject")
     before = dict(plain.module.named_parameters(remove_duplicate=False))
-    if any(site.calls > 1 or site.inside for site, _ in delta.at_sites()):
+    if any(site.calls > 1 or site.inside or _shared(plain, site) for site, _ in delta.at_sites()):
         try:
             merge(plain, delta)
         except SiteError:
@@ -199,3 +209,10 @@ def merges_as_declared(subject: Subject) -> None:
     demand(before.keys() == after.keys(), "unmerging left other parameters")
     for name, parameter in after.items():
         demand(parameter is before[name], f"unmerging did not put {name} back")
+
+
+def _shared(backbone: Backbone, site: Site) -> bool:
+    """Whether another module has the weight of a site, as a language-model head has that of a table."""
+    weight = getattr(backbone.module.get_submodule(site.exit), "weight", None)
+    places = backbone.module.named_parameters(remove_duplicate=False)
+    return weight is not None and sum(parameter is weight for _, parameter in places) > 1

@@ -23,6 +23,7 @@ from deltatune.delta.assemble import Member, assembled
 from deltatune.delta.attach import check_fits
 from deltatune.delta.delta import Delta
 from deltatune.delta.exchange.dora import read_lora_or_dora, write_dora
+from deltatune.delta.exchange.norms import read_ln, write_ln
 from deltatune.delta.exchange.oft import read_oft, write_oft
 from deltatune.delta.exchange.places import Naming
 from deltatune.delta.exchange.sequences import read_prefix, read_prompt, write_prefix, write_prompt
@@ -38,12 +39,11 @@ Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], Backbone, str], list
 Writer = Callable[[Delta, Mapping[str, Site], Backbone], tuple[dict[str, Any], dict[str, Tensor]]]
 READERS: dict[str, Reader] = {
     "LORA": read_lora_or_dora, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix,
-    "OFT": read_oft,
+    "OFT": read_oft, "LN_TUNING": read_ln,
 }  # fmt: skip
 WRITERS: dict[str, Writer] = {
-    "lora": write_lora, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix,
-    "dora": write_dora,
-    "oft": write_oft,
+    "lora": write_lora, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix, "dora": write_dora,
+    "oft": write_oft, "lntuning": write_ln,
 }  # fmt: skip
 
 # Options that the readers act on, or that say nothing about what is computed; any other must be unset.

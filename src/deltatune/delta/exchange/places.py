@@ -25,6 +25,11 @@ def linears(backbone: Backbone) -> dict[str, list[Site]]:
     return found
 
 
+def tables(backbone: Backbone) -> dict[str, list[Site]]:
+    """Return module path -> the site of each table of tokens."""
+    return {site.exit: [site] for site in backbone.anatomy.sites if site.words}
+
+
 class Naming:
     """The names that a file gives to the modules of a backbone.
 

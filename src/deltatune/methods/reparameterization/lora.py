@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from deltatune.backbone.sites import Site
-from deltatune.delta.layer import Layer, Params, constant, uniform
+from deltatune.delta.layer import Layer, Params, constant, normal, uniform
 from deltatune.delta.method import Family, Method
 
 
@@ -18,8 +18,8 @@ class LoRA(Method):
     """Add a product of two thin matrices to a linear.
 
     y = W x + (alpha / r) B A x, with A [r, d_in] and B [d_out, r]. Parameters: r (d_in + d_out) a site. At inference it
-    can be merged and then costs nothing. Start: A Kaiming-uniform, B zero (the identity). It cannot change a norm or an
-    activation. Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
+    can be merged and then costs nothing. Start: A Kaiming-uniform, B zero (the identity). At `embed` x is one-hot: A
+    [r, tokens] starts at zero, B normal, and no dropout acts. It cannot change a norm or an activation. Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
     """
 
     family: ClassVar[Family] = "reparameterization"
@@ -32,6 +32,8 @@ class LoRA(Method):
     at: str = "attn.{q,v}"
 
     def layer(self, site: Site, generator: torch.Generator) -> LoRALayer:
+        if site.words:
+            return LoRATableLayer(site, self.r, self.alpha / self.r, generator)
         return LoRALayer(site, self.r, self.alpha / self.r, self.dropout, generator)
 
 
@@ -58,3 +60,19 @@ class LoRALayer(Layer):
 
     def merged(self, p: Params, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (p.B @ p.A)[0], bias
+
+
+class LoRATableLayer(LoRALayer):
+    """B times the columns of A that belong to the tokens, scaled, beside a table of embeddings."""
+
+    reads_ids: ClassVar[bool] = True
+
+    def __init__(self, site: Site, r: int, scale: float, generator: torch.Generator) -> None:
+        super().__init__(site, r, scale, 0.0, generator)
+        self.A = constant((r, site.words), 0.0)
+        self.B = normal((site.d_out, r), 1.0, generator)
+
+    def forward(self, p: Params, x: Tensor | None, h: Tensor) -> Tensor:
+        assert x is not None
+        rows = p.A.mT.take_along_dim(x, dim=1)
+        return torch.baddbmm(h, rows, p.B.mT, alpha=self.scale)

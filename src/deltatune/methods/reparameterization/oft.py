@@ -49,7 +49,9 @@ class OFT(Method):
         if site.d_in % self.b:
             near = sorted((d for d in range(2, site.d_in + 1) if not site.d_in % d), key=lambda d: abs(d - self.b))
             said = " or ".join(map(str, near[:2])) or "no block at all"
-            raise SiteError(f"oft: blocks of b={self.b} do not divide the {site.d_in} inputs of {site.key}; take {said}")
+            raise SiteError(
+                f"oft: blocks of b={self.b} do not divide the {site.d_in} inputs of {site.key}; take {said}"
+            )
         kind = TurnInput if site.view is None else TurnRows
         return kind(1 if self.share else site.d_in // self.b, self.b, self.neumann)
 
