@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Row, Task
 from deltatune.errors import TaskError
-from deltatune.heads.base import Batch, Example, processor_of, tokenise
-from deltatune.heads.language import Writer, template_of, worded
+from deltatune.heads.base import Batch, Example, processor_of
+from deltatune.heads.language import TemplatedWriter, template_of
 
 
-class SequenceToSequence(Writer):
+class SequenceToSequence(TemplatedWriter):
     """Cross-entropy of the target's tokens, the decoder being given the tokens before (teacher forcing).
 
     Labels and their shift to the right are the tokenizer's and the network's own. It reads the network's logits
@@ -25,14 +25,6 @@ class SequenceToSequence(Writer):
 
     kinds: ClassVar[tuple[Kind, ...]] = ("generation",)
     decodes: ClassVar[bool] = True
-
-    def __init__(self, template: str, new_tokens: int) -> None:
-        super().__init__()
-        self.template, self.new_tokens = template, new_tokens
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {"template": self.template, "new_tokens": self.new_tokens}
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> SequenceToSequence:
@@ -45,9 +37,6 @@ class SequenceToSequence(Writer):
     def room(self, limit: int) -> tuple[int, int]:
         """Return how many tokens a source and a target may have: they stand in two stacks."""
         return limit, min(self.new_tokens, limit)
-
-    def prompts(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
-        return tokenise(backbone, worded(self.template, rows, backbone, limit), limit=limit)
 
     def encode(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
         network: Any = backbone.module
