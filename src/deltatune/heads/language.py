@@ -126,9 +126,9 @@ def learnt(text: Example) -> int:
 
 
 def log_probabilities(hidden: Tensor, texts: Sequence[Example], backbone: Backbone) -> Tensor:
-    """Return the log-probability of each text's target tokens, summed [texts], in float32.
+    """Return the log-probability of each text's target tokens, summed [texts], in float32 or better.
 
-    `hidden` are the states [texts, tokens, width] that the language model's head reads.
+    `hidden` are the last hidden states [texts, tokens, width]. Logits are made where a target is, CHUNK at a time.
     """
     where = [(row, at) for row, text in enumerate(texts) for at, token in enumerate(text.target) if token != -100]
     if not where:
@@ -136,13 +136,12 @@ def log_probabilities(hidden: Tensor, texts: Sequence[Example], backbone: Backbo
     rows, columns = (torch.tensor(index, device=hidden.device) for index in zip(*where, strict=True))
     target = torch.tensor([texts[row].target[at] for row, at in where], device=hidden.device)
     states = hidden[rows, columns]
-    output = backbone.output
-    assert output is not None
+    fine = torch.promote_types(hidden.dtype, torch.float32)
     parts = [
-        nn.functional.cross_entropy(output(part).float(), wanted, reduction="none")
+        nn.functional.cross_entropy(backbone.logits(part).to(fine), wanted, reduction="none")
         for part, wanted in zip(states.split(CHUNK), target.split(CHUNK), strict=True)
     ]
-    return -hidden.new_zeros(len(texts), dtype=torch.float32).index_add(0, rows, torch.cat(parts))
+    return -hidden.new_zeros(len(texts), dtype=fine).index_add(0, rows, torch.cat(parts))
 
 
 def mean_loss(hidden: Tensor, texts: Sequence[Example], backbone: Backbone) -> Tensor:

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Row, Task
 from deltatune.errors import TaskError
 from deltatune.heads.base import Batch, Example, processor_of
-from deltatune.heads.language import TemplatedWriter, template_of
+from deltatune.heads.language import TemplatedWriter, mean_loss, template_of
 
 
 class SequenceToSequence(TemplatedWriter):
     """Cross-entropy of the target's tokens, the decoder being given the tokens before (teacher forcing).
 
-    Labels and their shift to the right are the tokenizer's and the network's own. It reads the network's logits
-    [rows, target tokens, words], so that scaling and biases before them are the network's, too. No parameters.
+    Labels and their shift to the right are the tokenizer's and the network's own. It reads the decoder's hidden states
+    [rows, target tokens, width]; the logits of the target's tokens are the network's own. No parameters.
     """
 
     kinds: ClassVar[tuple[Kind, ...]] = ("generation",)
@@ -48,10 +48,7 @@ class SequenceToSequence(TemplatedWriter):
         return examples
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
-        where = [(row, at) for row, text in enumerate(batch.sequences) for at in range(len(text.target))]
-        rows, columns = (torch.tensor(index, device=hidden.device) for index in zip(*where, strict=True))
-        target = torch.tensor([token for text in batch.sequences for token in text.target], device=hidden.device)
-        return nn.functional.cross_entropy(hidden[rows, columns].float(), target)
+        return mean_loss(hidden, batch.sequences, backbone)
 
 
 def labels_of(texts: Sequence[str], backbone: Backbone, limit: int) -> list[list[int]]:
