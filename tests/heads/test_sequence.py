@@ -18,6 +18,7 @@ from deltatune.compose.expression import parse
 from deltatune.delta.adapted import Adapted
 from deltatune.delta.delta import Delta
 from deltatune.errors import TaskError
+from deltatune.heads import language
 from deltatune.heads.base import collate
 from deltatune.heads.choose import head_for
 from deltatune.heads.sequence import SequenceToSequence
@@ -44,29 +45,55 @@ def backbone(family: str, dtype: torch.dtype = torch.float32) -> Backbone:
     return Backbone(module.to(dtype), tokenizer(True), "tiny-bart")
 
 
+@pytest.mark.parametrize("chunk", [3, 1024])
 @pytest.mark.parametrize("family", ["t5", "bart"])
-def test_the_loss_is_the_networks_own(family: str) -> None:
-    on = backbone(family)
+def test_loss_and_gradients_are_the_networks_own(family: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "CHUNK", chunk)
+    on = backbone(family, torch.float64)
     head = head_for(WRITTEN, on, 0)
     assert isinstance(head, SequenceToSequence) and head.arguments["template"] == "{source}"
-    (job,) = jobs_of([plan("lora", WRITTEN, batch=6)], on)
+    (job,) = jobs_of([plan("lora(at='attn.{q,v}, cross.{q,v}')", WRITTEN, batch=6)], on)
+    draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in job.delta.layers.parameters():
-            value.add_(0.05)
+            value.add_(0.1 * torch.randn(value.shape, generator=draw))
     examples = job.logical_batch(0)
     batch = batch_of(job, on)
     longest = max(len(e.target) for e in examples)
     labels = torch.tensor([[*e.target, *[-100] * (longest - len(e.target))] for e in examples])
     engine = Engine([job], on)
-    ours = float(engine.losses([job], [batch])[0].detach())
     inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+    parameters = list(job.delta.layers.parameters())
+    (ours,) = engine.losses([job], [batch])
+    theirs = engine.adapted(**inputs, labels=labels, deltas=job.name).loss
+    gradients = [torch.autograd.grad(loss, parameters) for loss in (ours, theirs)]
     with torch.no_grad():
-        theirs = float(engine.adapted(**inputs, labels=labels, deltas=job.name).loss)
         bare = float(engine.adapted(**inputs, labels=labels, deltas=None).loss)
     engine.close()
-    assert ours == pytest.approx(theirs, abs=1e-5) and abs(ours - bare) > 1e-4
+    ours, theirs = ours.detach(), theirs.detach()
+    assert float(ours) == pytest.approx(float(theirs), rel=0, abs=1e-9) and abs(float(ours) - bare) > 1e-4
+    for own, other in zip(*gradients, strict=True):
+        assert float((own - other).abs().max()) <= 1e-9 and float(own.abs().max()) > 1e-6
     words = on.processor.convert_ids_to_tokens(list(examples[0].target))
     assert words[-1] == "[SEP]" and (words[0] == "[CLS]") == (family == "bart")
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_words_are_scored_only_where_labels_are(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "CHUNK", 5)
+    on = backbone(family)
+    rows = [{"source": f"w{i}", "target": " ".join(["w1"] * (1 + 4 * i))} for i in range(3)]
+    (job,) = jobs_of([plan("lora", dataclasses.replace(WRITTEN, train=rows), batch=3)], on)
+    batch = batch_of(job, on)
+    labels = sum(len(text.target) for text in batch.sequences)
+    assert labels < len(batch.sequences) * batch.positions
+    seen: list[int] = []
+    handle = on.output.register_forward_hook(lambda *call: seen.append(call[2].shape[:-1].numel()))
+    engine = Engine([job], on)
+    engine.losses([job], [batch])
+    engine.close()
+    handle.remove()
+    assert sum(seen) == labels and max(seen) == 5
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltatune.backbone import digits
 from deltatune.backbone.anatomy import Anatomy, find_anatomy
@@ -15,6 +15,7 @@ from deltatune.backbone.embedded import EMBEDDED, locate
 from deltatune.backbone.fingerprint import fingerprint
 from deltatune.backbone.html import facts
 from deltatune.backbone.weights import device_of
+from deltatune.backbone.words import body_of, logits_of
 from deltatune.errors import BackboneError, nearest
 
 Kind = Literal["encoder", "decoder", "encoder-decoder", "plain"]
@@ -76,6 +77,19 @@ class Backbone:
         """The language-model head, or None."""
         found: nn.Linear | None = self.module.get_output_embeddings()  # type: ignore[operator]
         return found
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the network's own logits [items, words] of its last hidden states [items, width].
+
+        Where an encoder-decoder does not keep them apart, its states are the logits.
+        """
+        body = body_of(self.module)
+        if body is not None:
+            return logits_of(self.module, body, states)
+        if self.kind == "encoder-decoder" or self.output is None:
+            return states
+        made: Tensor = self.output(states)
+        return made
 
     @property
     def width(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deltatune.backbone.html import grid
 from deltatune.backbone.load import Backbone, load
+from deltatune.backbone.words import body_of, without_logits
 from deltatune.delta.attach import Attachment, check_fits, new_weights, refuse_compiled
 from deltatune.delta.bank import Bank
 from deltatune.delta.call import Call, Draw, Segment, entered, outside, recalling, segments_of, swapped, within
@@ -175,6 +176,21 @@ class Adapted(nn.Module):
         call = dataclasses.replace(call, order=None, packed=packed)
         hidden = self._run(self.source.trunk, (), short, _UNSET, call).last_hidden_state
         return unpack(hidden, places, *inputs["input_ids"].shape)
+
+    def decode(self, inputs: dict[str, Tensor], *, deltas: Route = _UNSET, call: Call | None = None) -> Tensor:
+        """Return the last hidden states [rows, target tokens, width] of an encoder-decoder's decoder, and no logits.
+
+        `call` is a call that was made before; `deltas` makes one. `Backbone.logits` makes logits of what is returned.
+        """
+        call = self.call(_rows(inputs), deltas) if call is None else call
+        body = body_of(self.backbone)
+        if body is None:
+            logits: Tensor = self.run(call, **inputs).logits
+            return logits
+        network, kept = without_logits(self.backbone, body)
+        self._run(network, (), inputs, _UNSET, call)
+        assert kept.states is not None
+        return kept.states
 
     @property
     def packs(self) -> bool:

@@ -102,8 +102,8 @@ class Batch:
 class TaskHead(SavedHead):
     """Base of the heads that a task is fitted with.
 
-    A head that `compares` gets in each batch what the bare backbone gives for it; one that `decodes` reads the logits
-    of an encoder-decoder where others read hidden states.
+    A head that `compares` gets in each batch what the bare backbone gives for it; one that `decodes` reads the
+    hidden states of an encoder-decoder's decoder where others read those of its encoder.
     """
 
     kinds: ClassVar[tuple[Kind, ...]]

@@ -46,6 +46,18 @@ def template_of(task: Task) -> str:
     return template
 
 
+class Templated(TaskHead):
+    """Base of the heads that word a row by a template."""
+
+    def __init__(self, template: str) -> None:
+        super().__init__()
+        self.template = template
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"template": self.template}
+
+
 class Writer(TaskHead):
     """Base of the heads that write texts."""
 
@@ -64,28 +76,32 @@ class Writer(TaskHead):
         raise NotImplementedError
 
 
-class Generation(Writer):
-    """Write the answer after the prompt; cross-entropy on the answer's tokens and the end token."""
-
-    kinds: ClassVar[tuple[Kind, ...]] = ("generation",)
+class TemplatedWriter(Templated, Writer):
+    """Base of the heads that write at most `new_tokens` for a row worded by a template."""
 
     def __init__(self, template: str, new_tokens: int) -> None:
-        super().__init__()
-        self.template, self.new_tokens = template, new_tokens
+        super().__init__(template)
+        self.new_tokens = new_tokens
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"template": self.template, "new_tokens": self.new_tokens}
+        return {**super().arguments, "new_tokens": self.new_tokens}
+
+    def prompts(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
+        """Return the tokens that the answers follow; a long row is cut, the template never."""
+        return tokenise(backbone, worded(self.template, rows, backbone, self.room(limit)[0]), limit=limit)
+
+
+class Generation(TemplatedWriter):
+    """Write the answer after the prompt; cross-entropy on the answer's tokens and the end token."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("generation",)
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> Generation:
         wanted(backbone, "generation")
         ends = tokenise(backbone, [row["target"] for row in task.train[:500]], limit=10_000, special=False)
         return cls(template_of(task), min(max(len(e.ids) for e in ends) + 4, 128))
-
-    def prompts(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
-        """Return the tokens that the answers follow; a long row is cut, the template never."""
-        return tokenise(backbone, worded(self.template, rows, backbone, self.room(limit)[0]), limit=limit)
 
     def encode(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
         end = processor_of(backbone).eos_token_id
@@ -110,9 +126,9 @@ def learnt(text: Example) -> int:
 
 
 def log_probabilities(hidden: Tensor, texts: Sequence[Example], backbone: Backbone) -> Tensor:
-    """Return the log-probability of each text's target tokens, summed [texts], in float32.
+    """Return the log-probability of each text's target tokens, summed [texts], in float32 or better.
 
-    `hidden` are the states [texts, tokens, width] that the language model's head reads.
+    `hidden` are the last hidden states [texts, tokens, width]. Logits are made where a target is, CHUNK at a time.
     """
     where = [(row, at) for row, text in enumerate(texts) for at, token in enumerate(text.target) if token != -100]
     if not where:
@@ -120,13 +136,12 @@ def log_probabilities(hidden: Tensor, texts: Sequence[Example], backbone: Backbo
     rows, columns = (torch.tensor(index, device=hidden.device) for index in zip(*where, strict=True))
     target = torch.tensor([texts[row].target[at] for row, at in where], device=hidden.device)
     states = hidden[rows, columns]
-    output = backbone.output
-    assert output is not None
+    fine = torch.promote_types(hidden.dtype, torch.float32)
     parts = [
-        nn.functional.cross_entropy(output(part).float(), wanted, reduction="none")
+        nn.functional.cross_entropy(backbone.logits(part).to(fine), wanted, reduction="none")
         for part, wanted in zip(states.split(CHUNK), target.split(CHUNK), strict=True)
     ]
-    return -hidden.new_zeros(len(texts), dtype=torch.float32).index_add(0, rows, torch.cat(parts))
+    return -hidden.new_zeros(len(texts), dtype=fine).index_add(0, rows, torch.cat(parts))
 
 
 def mean_loss(hidden: Tensor, texts: Sequence[Example], backbone: Backbone) -> Tensor:
@@ -134,7 +149,7 @@ def mean_loss(hidden: Tensor, texts: Sequence[Example], backbone: Backbone) -> T
     return -log_probabilities(hidden, texts, backbone).sum() / max(1, sum(map(learnt, texts)))
 
 
-class Verbalized(TaskHead):
+class Verbalized(Templated):
     """Pick the label whose word the language model would write next; cross-entropy over the labels' words.
 
     scores [rows, labels]: the logit of the first token of each label's word after the template.
@@ -143,13 +158,13 @@ class Verbalized(TaskHead):
     kinds: ClassVar[tuple[Kind, ...]] = ("classification", "pair_classification")
 
     def __init__(self, template: str, verbalizer: Mapping[str, str]) -> None:
-        super().__init__()
-        self.template, self.verbalizer = template, dict(verbalizer)
+        super().__init__(template)
+        self.verbalizer = dict(verbalizer)
         self.labels = tuple(self.verbalizer)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"template": self.template, "verbalizer": self.verbalizer}
+        return {**super().arguments, "verbalizer": self.verbalizer}
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> Verbalized:

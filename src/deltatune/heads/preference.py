@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Row, Task
-from deltatune.heads.base import Batch, Example, TaskHead, processor_of, tokenise
-from deltatune.heads.language import log_probabilities, template_of, wanted, worded
+from deltatune.heads.base import Batch, Example, processor_of, tokenise
+from deltatune.heads.language import Templated, log_probabilities, template_of, wanted, worded
 
 ANSWERS = ("chosen", "rejected")
 
 
-class Preference(TaskHead):
+class Preference(Templated):
     """margin [rows] = beta ((log p - log q)(chosen) - (log p - log q)(rejected)); loss -log sigmoid(margin).
 
     log p is the log-probability of the answer's tokens, and of the end token, with the delta on, log q the same with
@@ -28,12 +28,12 @@ class Preference(TaskHead):
     compares: ClassVar[bool] = True
 
     def __init__(self, template: str, beta: float = 0.1) -> None:
-        super().__init__()
-        self.template, self.beta = template, beta
+        super().__init__(template)
+        self.beta = beta
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"template": self.template, "beta": self.beta}
+        return {**super().arguments, "beta": self.beta}
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> Preference:

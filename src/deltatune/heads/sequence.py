@@ -7,32 +7,24 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltatune.backbone.load import Backbone
 from deltatune.data.task import Kind, Row, Task
 from deltatune.errors import TaskError
-from deltatune.heads.base import Batch, Example, processor_of, tokenise
-from deltatune.heads.language import Writer, template_of, worded
+from deltatune.heads.base import Batch, Example, processor_of
+from deltatune.heads.language import TemplatedWriter, mean_loss, template_of
 
 
-class SequenceToSequence(Writer):
+class SequenceToSequence(TemplatedWriter):
     """Cross-entropy of the target's tokens, the decoder being given the tokens before (teacher forcing).
 
-    Labels and their shift to the right are the tokenizer's and the network's own. It reads the network's logits
-    [rows, target tokens, words], so that scaling and biases before them are the network's, too. No parameters.
+    Labels and their shift to the right are the tokenizer's and the network's own. It reads the decoder's hidden states
+    [rows, target tokens, width]; the logits of the target's tokens are the network's own. No parameters.
     """
 
     kinds: ClassVar[tuple[Kind, ...]] = ("generation",)
     decodes: ClassVar[bool] = True
-
-    def __init__(self, template: str, new_tokens: int) -> None:
-        super().__init__()
-        self.template, self.new_tokens = template, new_tokens
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {"template": self.template, "new_tokens": self.new_tokens}
 
     @classmethod
     def make(cls, task: Task, backbone: Backbone, seed: int) -> SequenceToSequence:
@@ -46,9 +38,6 @@ class SequenceToSequence(Writer):
         """Return how many tokens a source and a target may have: they stand in two stacks."""
         return limit, min(self.new_tokens, limit)
 
-    def prompts(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
-        return tokenise(backbone, worded(self.template, rows, backbone, limit), limit=limit)
-
     def encode(self, rows: Sequence[Row], backbone: Backbone, limit: int) -> list[Example]:
         network: Any = backbone.module
         examples = []
@@ -59,10 +48,7 @@ class SequenceToSequence(Writer):
         return examples
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
-        where = [(row, at) for row, text in enumerate(batch.sequences) for at in range(len(text.target))]
-        rows, columns = (torch.tensor(index, device=hidden.device) for index in zip(*where, strict=True))
-        target = torch.tensor([token for text in batch.sequences for token in text.target], device=hidden.device)
-        return nn.functional.cross_entropy(hidden[rows, columns].float(), target)
+        return mean_loss(hidden, batch.sequences, backbone)
 
 
 def labels_of(texts: Sequence[str], backbone: Backbone, limit: int) -> list[list[int]]:

@@ -25,7 +25,7 @@ from deltatune.training.evaluate import evaluate
 from deltatune.training.job import Job, Point, batch_of, prompt_tokens
 
 ROWS = "rows"  # what the jobs have in common that cannot do without padding
-DECODED = "decoded"  # those whose heads read a decoder's logits
+DECODED = "decoded"  # those whose heads read a decoder's hidden states
 Listener = Callable[[Sequence[Job], str], None]
 
 
@@ -138,11 +138,11 @@ class Engine:
         ]
 
     def _hidden(self, batches: Sequence[Batch], call: Call) -> list[Tensor]:
-        """Run batches as one, and return the hidden states of each [texts, tokens, width], or a decoder's logits."""
+        """Run batches as one, and return the hidden states of each [texts, tokens, width]."""
         length = max(batch.length for batch in batches)
         together = collate([e for batch in batches for e in batch.examples], self.backbone, length)
         if "decoder_input_ids" in together.inputs:
-            hidden = self.adapted.run(call, **together.inputs).logits
+            hidden = self.adapted.decode(together.inputs, call=call)
         else:
             hidden = self.adapted.encode(together.inputs, call=call)
         parts = hidden.split([len(batch.sequences) for batch in batches])
