@@ -27,8 +27,8 @@ OWN: tuple[type[TaskHead], ...] = (
 def head_for(task: Task, backbone: Backbone, seed: int) -> TaskHead:
     """Make the head of a task: verbalised where it brings a template or words, and the backbone can write them."""
     own: dict[Kind, type[TaskHead]] = {kind: head for head in OWN for kind in head.kinds}
-    if (task.kind == "image_classification") != (backbone.reads == "images"):
-        read = "images" if task.kind == "image_classification" else "text"
+    read = "images" if task.kind == "image_classification" else "text"
+    if backbone.reads != read:
         raise TaskError(f"task {task.name} has {read}, {backbone.name} reads {backbone.reads}; take another backbone")
     if task.kind == "generation" and backbone.kind == "encoder-decoder":
         return SequenceToSequence.make(task, backbone, seed)
