@@ -215,6 +215,8 @@ def inputs(family: str, rows: int = 3, length: int = 7) -> dict[str, Tensor]:
         batch["input_features"] = torch.randn(rows, *((8, 16) if family == "whisper" else (16, 8)), generator=draw)
     if what in ("pixels", "both"):
         batch["pixel_values"] = torch.randn(rows, 3, 16, 16, generator=draw)
+    if family == "vit_mae":  # by which it orders the patches, at random unless it is given
+        batch["noise"] = torch.rand(rows, 4, generator=draw)
     if family == "audio-spectrogram-transformer":
         batch = {"input_values": torch.randn(rows, 16, 16, generator=draw)}
     if what == "sound":

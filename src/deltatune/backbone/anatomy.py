@@ -178,7 +178,7 @@ def _global_sites(
     # Of an encoder-decoder take the encoder's own module: the shared one may hold the table and never be called.
     two = "encoder" in stacks and "decoder" in stacks
     for owner, stack in ((trunk.get_encoder(), first), (trunk.get_decoder(), "decoder")) if two else ((trunk, first),):
-        embed = _table(owner)
+        embed = input_table(owner)
         if embed is not None:
             add("embed", stack, paths[id(embed)], embed.embedding_dim, embed.embedding_dim, words=embed.num_embeddings)
             break
@@ -211,12 +211,12 @@ def _global_sites(
     return list(sites.values())
 
 
-def _table(owner: Any) -> nn.Embedding | None:
+def input_table(owner: Any) -> nn.Embedding | None:
     """Return the table of token embeddings of a network, or None if its input is something else."""
     try:
         table = owner.get_input_embeddings()
     except (AttributeError, NotImplementedError):
-        table = getattr(getattr(owner, "text_model", None), "embeddings", None)
+        table = getattr(getattr(owner, "text_model", None), "embeddings", None)  # of two towers
         table = getattr(table, "token_embedding", None)
     return table if isinstance(table, nn.Embedding) else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone import digits
-from deltatune.backbone.anatomy import Anatomy, find_anatomy
+from deltatune.backbone.anatomy import Anatomy, find_anatomy, input_table
 from deltatune.backbone.embedded import EMBEDDED, locate
 from deltatune.backbone.fingerprint import fingerprint
 from deltatune.backbone.html import facts
@@ -19,7 +20,8 @@ from deltatune.backbone.words import body_of, logits_of
 from deltatune.errors import BackboneError, nearest
 
 Kind = Literal["encoder", "decoder", "encoder-decoder", "plain"]
-Reads = Literal["text", "images"]
+Reads = Literal["text", "images", "sound"]
+READS: dict[str, Reads] = {"pixel_values": "images", "input_values": "sound", "input_features": "sound"}
 CLASS_TOKENS = ("cls_token", "class_embedding")
 TWO_TOWERS = ("clip", "siglip", "siglip2")
 """Pairs of an image and a text network, of which the one for images is loaded."""
@@ -51,8 +53,13 @@ class Backbone:
 
     @property
     def reads(self) -> Reads:
-        """What goes in: token ids, or pixels."""
-        return "images" if getattr(self.module, "main_input_name", "") == "pixel_values" else "text"
+        """What goes in first: token ids, pixels, or waveforms and spectrograms."""
+        return READS.get(getattr(self.module, "main_input_name", ""), "text")
+
+    @cached_property
+    def takes_embeddings(self) -> bool:
+        """Whether embeddings can be given in place of token ids."""
+        return "inputs_embeds" in inspect.signature(self.module.forward).parameters
 
     @property
     def class_token(self) -> bool:
@@ -68,9 +75,11 @@ class Backbone:
 
     @property
     def embeddings(self) -> nn.Embedding:
-        """The table of token embeddings."""
-        table: nn.Embedding = self.module.get_input_embeddings()  # type: ignore[operator]
-        return table
+        """The table of token embeddings. BackboneError if there is none."""
+        found = input_table(self.module)
+        if found is None:
+            raise BackboneError(f"{self.name!r} reads {self.reads} and has no table of token embeddings")
+        return found
 
     @property
     def output(self) -> nn.Linear | None:
@@ -122,8 +131,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Device that the network begins on: that of its weights, or where accelerate brings them."""
-        table = getattr(self.module, "get_input_embeddings", lambda: None)()
-        return device_of(table or self.module) or device_of(self.module) or torch.device("cpu")
+        return device_of(input_table(self.module) or self.module) or device_of(self.module) or torch.device("cpu")
 
     @property
     def positions(self) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -210,8 +211,8 @@ class Adapted(nn.Module):
         if not self.attachment.live:
             raise RoutingError("the deltas were removed from this backbone; adapt it again")
         if args and isinstance(args[0], Tensor):
-            name = getattr(self.backbone, "main_input_name", "input_ids" if self.bank.has_tokens else None)
-            if name:
+            name = self._main_input
+            if name is not None:
                 kwargs, args = {name: args[0], **kwargs}, args[1:]
         # A plain network may take its input by position alone.
         inputs = {**dict(zip(map(str, range(len(args))), args, strict=True)), **kwargs}
@@ -245,26 +246,35 @@ class Adapted(nn.Module):
         """Run the backbone under a call that was made before."""
         return self._run(self.backbone, (), kwargs, _UNSET, call)
 
-    def generate(self, input_ids: Tensor, *, deltas: Route = _UNSET, **kwargs: Any) -> Any:
-        """Generate as the backbone does, with `deltas` (one, or one per row); beams and returned sequences included."""
+    def generate(self, inputs: Tensor | None = None, *, deltas: Route = _UNSET, **kwargs: Any) -> Any:
+        """Generate as the backbone does, with `deltas` (one, or one per row); beams and returned sequences included.
+
+        `inputs` is what the backbone reads first (token ids, or features of sound), which may be given by name, too.
+        """
         if not self.attachment.live:
             raise RoutingError("the deltas were removed from this backbone; adapt it again")
         config = kwargs.get("generation_config") or self.backbone.generation_config
         many = [kwargs.get(name) or getattr(config, name, 1) or 1 for name in ("num_beams", "num_return_sequences")]
-        call = self.call(input_ids.shape[0], deltas, expand=max(many))
-        inputs = {"input_ids": input_ids, **kwargs}
+        given = dict(kwargs) if inputs is None else {str(self._main_input): inputs, **kwargs}
+        input_ids = given.get("input_ids")
+        call = self.call(_rows(given), deltas, expand=math.prod(many))
         with entered(call), self._weights(call):
             if (
                 self.bank.has_tokens
-                and rewrite(call, self.source, inputs, generating=True)
+                and rewrite(call, self.source, given, generating=True)
                 and self.source.kind == "decoder"
             ):
-                inputs["input_ids"] = input_ids  # what the tokens stand for: returned, and seen by penalties
+                given["input_ids"] = input_ids  # what the tokens stand for: returned, and seen by penalties
                 for name in ("max_length", "min_length"):
                     length = kwargs.get(name, getattr(config, name, None))
                     if length is not None:  # transformers takes the embedded positions off again
-                        inputs[name] = length + inputs["inputs_embeds"].shape[1]
-            return self.backbone.generate(**inputs)  # type: ignore[operator]
+                        given[name] = length + given["inputs_embeds"].shape[1]
+            return self.backbone.generate(**given)  # type: ignore[operator]
+
+    @property
+    def _main_input(self) -> str | None:
+        """Name of what the backbone reads first; None for a plain network, whose inputs keep their places."""
+        return getattr(self.backbone, "main_input_name", None if self.source.kind == "plain" else "input_ids")
 
     @contextmanager
     def _weights(self, call: Call) -> Iterator[None]:

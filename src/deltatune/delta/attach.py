@@ -19,6 +19,7 @@ from deltatune.delta import attention, experts
 from deltatune.delta.bank import Bank
 from deltatune.delta.call import Swap, current, outside
 from deltatune.delta.delta import Delta
+from deltatune.delta.inserted import check_takes_tokens
 from deltatune.delta.layer import Layer, Params, WeightLayer
 from deltatune.delta.patches import Patches
 from deltatune.delta.quantised import GradientHook, let_gradients_pass, refuse_unwritable
@@ -153,8 +154,8 @@ class Attachment:
                 bank.attention_sites[source.module.get_submodule(site.heads.module)] = site
             elif port == "tokens":
                 bank.has_tokens = True
-                if source.reads == "images":
-                    patches = Patches(bank, source)
+                if not source.takes_embeddings:
+                    patches = Patches(bank)
                     last = [s for s in source.anatomy.sites if s.name == "block"][-1]
                     source.module.get_submodule(site.exit).register_forward_hook(patches.enter)
                     source.module.get_submodule(last.exit).register_forward_hook(patches.leave)
@@ -321,6 +322,8 @@ def check_fits(delta: Delta, source: Backbone, *, verify: bool = True) -> dict[s
             refuse_unwritable(delta.name, source)
         if isinstance(layer, Layer) and layer.port == "kv" and here.heads is None:
             raise SiteError(f"{source.name!r} computes attention at {site.key!r} in a way that takes no prefix")
+        if isinstance(layer, Layer) and layer.port == "tokens":
+            check_takes_tokens(source)
         bound[address] = here
     return bound
 

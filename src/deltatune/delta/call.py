@@ -70,8 +70,9 @@ class Call:
     """Routing of one forward: rows of dimension 0 -> deltas of `bank`.
 
     `segments` cover the rows in the order `order` (None: as they stand). `expand` is how many times generation may
-    repeat each row (beams, returned sequences). `draws` keys the dropout of each segment; None draws from torch's
-    generator. `packed` says where the tokens of each row stand if the batch has no padding; its rows stand in order.
+    repeat each row (beams, returned sequences; Whisper repeats for one, then the other). `draws` keys the dropout of
+    each segment; None draws from torch's generator. `packed` says where the tokens of each row stand if a batch has no
+    padding; its rows stand in order.
     """
 
     bank: Bank
@@ -97,7 +98,7 @@ class Call:
     def expansion(self, size: int, place: str) -> int:
         """Return how often each row is repeated in a tensor of `size` rows. RoutingError if it does not fit."""
         times, rest = divmod(size, self.rows)
-        if rest or times not in (1, self.expand):
+        if rest or not times or self.expand % times:
             expected = f"{self.rows}" if self.expand == 1 else f"{self.rows} or {self.rows * self.expand}"
             raise RoutingError(f"{place} got {size} rows, the call routes {expected}; give one delta per input row")
         return times

@@ -13,6 +13,7 @@ from deltatune.backbone.html import facts
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site, rank
 from deltatune.backbone.weights import device_of
+from deltatune.delta.inserted import check_takes_tokens
 from deltatune.delta.layer import Layer
 from deltatune.delta.method import Method, Spec, members
 from deltatune.errors import SiteError, UnknownName, UserError
@@ -48,10 +49,13 @@ class Delta(nn.Module):
     def build(cls, spec: Spec, backbone: Backbone, *, seed: int = 0, name: str = "") -> Delta:
         """Make a fresh delta for a backbone; its parameters depend on the spec, the sites and the seed alone.
 
-        SiteError if a selection is empty or names a site that the backbone lacks.
+        SiteError if a selection is empty or names a site that the backbone lacks, or if a method puts tokens into a
+        backbone that takes none.
         """
         sites = [(i, site) for i, method in enumerate(members(spec)) for site in method.sites(backbone)]
         delta = cls(spec, sites, seed=seed, name=name)
+        if any(layer.port == "tokens" for _, layer in delta.at_sites()):
+            check_takes_tokens(backbone)
         delta.backbone_name, delta.fingerprint = backbone.name, backbone.fingerprint()
         for (member, site), (address, layer) in zip(sites, delta.layers.items(), strict=True):
             members(spec)[member].initialise(layer, site, backbone, generator(seed, address, "initialise"))  # type: ignore[arg-type]

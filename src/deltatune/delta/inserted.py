@@ -8,9 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltatune.backbone.load import Backbone
 from deltatune.delta.call import outside
+from deltatune.errors import SiteError
 
+# Settings of image networks by which positions count within the blocks.
+COUNTED = ("use_relative_position_bias", "use_shared_relative_position_bias", "use_mid_position_embeddings")
 PER_TOKEN = ("logits", "last_hidden_state", "hidden_states")
+
+
+def check_takes_tokens(backbone: Backbone) -> None:
+    """SiteError for a backbone among whose positions no trained token can be put.
+
+    Text gets them as embeddings; an image network that takes none gets them after its token for the whole image.
+    """
+    if backbone.takes_embeddings:
+        return
+    config: Any = getattr(backbone.module, "config", None)
+    whole = all(site.heads is not None for site in backbone.anatomy.sites if site.name == "attn")
+    one = len(backbone.anatomy.depth) == 1
+    if not backbone.class_token or not whole or not one or any(getattr(config, name, False) for name in COUNTED):
+        raise SiteError(
+            f"{backbone.name!r} takes no prompt: one stands among embeddings of text, or in one stack of blocks after "
+            f"a token for the whole image, in attention that sees all positions and where no block counts them; take "
+            f"another method"
+        )
 
 
 @dataclass(frozen=True)

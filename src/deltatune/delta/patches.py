@@ -13,15 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.backbone.load import Backbone
 from deltatune.delta.bank import Bank
 from deltatune.delta.call import Call, current, outside
 from deltatune.delta.inserted import place
-from deltatune.errors import SiteError
 
 BEHIND = 1  # positions that stand before the prompt: the token for the whole image
 TOKENS, AMONG = "tokens of images", "patches"  # in the call, before and after the embeddings
-BIASED = ("use_relative_position_bias", "use_shared_relative_position_bias")
 
 
 def reserve(call: Call, added: Tensor, seen: Tensor, own: list[int]) -> InsertedPatches:
@@ -52,15 +49,8 @@ class Patches:
     So whatever pools or reads the last block's output never sees them.
     """
 
-    def __init__(self, bank: Bank, source: Backbone) -> None:
+    def __init__(self, bank: Bank) -> None:
         self.bank = bank
-        config: Any = getattr(source.module, "config", None)
-        whole = all(site.heads is not None for site in source.anatomy.sites if site.name == "attn")
-        if not source.class_token or not whole or any(getattr(config, name, False) for name in BIASED):
-            raise SiteError(
-                f"{source.name!r} takes no prompt: one stands after a token for the whole image, in attention that "
-                f"sees all positions and has no bias between patches; take another method"
-            )
 
     @outside
     def enter(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -36,7 +36,7 @@ def rewrite(
     if found is None:
         return None
     added, seen, own = found
-    if backbone.reads == "images":
+    if not backbone.takes_embeddings:
         return reserve(call, added, seen, own)
     cache = inputs.get("past_key_values")
     if cache is not None and not generating and cache.get_seq_length() > 0:

@@ -32,8 +32,8 @@ def head_for(task: Task, backbone: Backbone, seed: int) -> TaskHead:
             f"loop of your own: dt.adapt(network, LoRA(at='module:*'))"
         )
     own: dict[Kind, type[TaskHead]] = {kind: head for head in OWN for kind in head.kinds}
-    if (task.kind == "image_classification") != (backbone.reads == "images"):
-        read = "images" if task.kind == "image_classification" else "text"
+    read = "images" if task.kind == "image_classification" else "text"
+    if backbone.reads != read:
         raise TaskError(f"task {task.name} has {read}, {backbone.name} reads {backbone.reads}; take another backbone")
     if task.kind == "generation" and backbone.kind == "encoder-decoder":
         return SequenceToSequence.make(task, backbone, seed)

@@ -26,6 +26,7 @@ LAWS: dict[str, Law] = {
         effect.merges_as_declared,
         copies.saved_is_loaded,
         copies.copies_are_independent,
+        copies.pickles_are_independent,
         copies.other_backbones_are_refused,
         rows.many_is_alone,
         rows.padding_left_out_changes_nothing,

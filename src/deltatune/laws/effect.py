@@ -59,7 +59,7 @@ def only_the_delta_learns(subject: Subject) -> None:
 
 
 def mode_and_mask_change_nothing(subject: Subject) -> None:
-    """Training mode gives the outputs of evaluation mode, and a mask of ones those of no mask."""
+    """Training mode gives the outputs of evaluation mode, and a mask of ones (where there is a mask) those of none."""
     backbone = subject.fresh()
     adapted = Adapted(backbone, [made(subject.spec, backbone)])
     rows = subject.rows(3)
@@ -71,7 +71,7 @@ def mode_and_mask_change_nothing(subject: Subject) -> None:
         adapted.bank.train(mode)
         batch = subject.batch(rows)
         wanted = subject.cut(adapted(**batch, deltas="subject"), rows)
-        del batch["attention_mask"]
+        batch.pop("attention_mask", None)
         agree_rows(subject.cut(adapted(**batch, deltas="subject"), rows), wanted, "without a mask")
 
 

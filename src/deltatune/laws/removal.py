@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from deltatune.delta.adapted import Adapted
-from deltatune.laws.subject import Subject, demand, made, prefix, score
-from deltatune.methods.addition.prompt import Prompt
+from deltatune.laws.subject import Subject, demand, made, prefix, prompt, score
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Snapshot = dict[str, Any]
@@ -66,7 +65,7 @@ def _in_order(subject: Subject, order: tuple[int, ...]) -> None:
     rows = subject.rows(2)
     bare = backbone.module(**subject.batch(rows))
     before = snapshot(backbone.module)
-    specs = [subject.spec, subject.spec, Prompt(n=2)]
+    specs = [subject.spec, subject.spec, prompt(backbone, 2)]
     banks = [
         Adapted(backbone, [made(spec, backbone, "a"), made(prefix(backbone, 2), backbone, "b")])
         for spec in specs[: len(order)]
@@ -124,7 +123,7 @@ def removal_restores_after(subject: Subject) -> None:
             score(outputs, rows).backward()
 
     def generate(adapted: Adapted) -> None:
-        adapted.generate(subject.batch(subject.rows(2, length=4))["input_ids"], deltas="a", max_new_tokens=3)
+        adapted.generate(**subject.prompted(subject.rows(2, length=4)), deltas="a", max_new_tokens=3)
 
     events: dict[str, Callable[[Adapted], None]] = {
         "an exception": fail,
@@ -136,8 +135,9 @@ def removal_restores_after(subject: Subject) -> None:
         events["generation"] = generate
     for when, event in events.items():
         backbone = subject.fresh()
-        if when == "generation":  # what the bare backbone keeps for itself at its first generation is not ours
-            backbone.module.generate(subject.batch(rows)["input_ids"], max_new_tokens=1)  # type: ignore[operator]
+        backbone.module(**subject.batch(rows))  # what the bare backbone keeps for itself at its first run is not ours
+        if when == "generation":
+            backbone.module.generate(**subject.prompted(rows), max_new_tokens=1)  # type: ignore[operator]
         _mixed_flags(backbone.module)
         before = snapshot(backbone.module)
         adapted = Adapted(backbone, [made(subject.spec, backbone, "a")])

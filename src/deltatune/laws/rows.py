@@ -24,11 +24,11 @@ from deltatune.laws.subject import (
     gradients,
     made,
     prefix,
+    prompt,
     same_bits,
     score,
 )
 from deltatune.methods.addition.adapter import Adapter
-from deltatune.methods.addition.prompt import Prompt
 from deltatune.methods.reparameterization.lora import LoRA
 
 NAMES = ("one", "two", "lora", "joined", "prefix", "prompt")
@@ -45,7 +45,7 @@ def company(subject: Subject, backbone: Backbone, dropout: float = 0.0) -> dict[
         "lora": LoRA(r=2, at="attn.{v,o} ffn.{up,down}", dropout=dropout),
         "joined": joined,
         "prefix": prefix(backbone, 3),
-        "prompt": Prompt(n=2),
+        "prompt": prompt(backbone, 2),
     }
     return {name: made(spec, backbone, name, seed=seed) for seed, (name, spec) in enumerate(specs.items())}
 
@@ -111,7 +111,7 @@ def padding_left_out_changes_nothing(subject: Subject) -> None:
 def _states(adapted: Adapted, subject: Subject, rows: Sequence[Row], route: Sequence[str | None]) -> list[Tensor]:
     batch = {name: value for name, value in subject.batch(rows).items() if not name.startswith("decoder")}
     hidden = adapted.encode(batch, deltas=list(route))
-    return [hidden[i, : len(row.ids)] for i, row in enumerate(rows)]
+    return [hidden[i, : row.length] for i, row in enumerate(rows)]
 
 
 def trained_together_is_trained_alone(subject: Subject, steps: int = 50) -> None:

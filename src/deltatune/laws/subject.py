@@ -15,9 +15,12 @@ from deltatune.backbone.load import Backbone
 from deltatune.delta.adapted import Adapted
 from deltatune.delta.call import Call, Draw
 from deltatune.delta.delta import Delta, generator
+from deltatune.delta.inserted import check_takes_tokens
 from deltatune.delta.method import Spec
-from deltatune.errors import DeltatuneError
+from deltatune.errors import DeltatuneError, SiteError
+from deltatune.methods.addition.adapter import Adapter
 from deltatune.methods.addition.prefix import Prefix
+from deltatune.methods.addition.prompt import Prompt
 from deltatune.methods.specification.bitfit import BitFit
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -30,11 +33,20 @@ class LawBroken(DeltatuneError):
 
 @dataclass(frozen=True)
 class Row:
-    """One input: its number (which fixes how it is scored), token ids [length] and decoder ids [TARGET_LENGTH]."""
+    """One input: its number (which fixes how it is scored), token ids [length] and decoder ids [TARGET_LENGTH].
+
+    `given` is what goes in beside token ids or in their place, by name: pixels, sound.
+    """
 
     number: int
     ids: Tensor
     target: Tensor
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int | None:
+        """Number of tokens; None for a row without any, which is compared whole."""
+        return len(self.ids) or None
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class Subject:
 
     With `length`, all rows have that many tokens: for backbones whose own outputs depend on the padding of a row.
     `dtype` is what the laws compute in unless they say otherwise: float32 for backbones that do so inside anyway.
+    `given` is the shape of one row of each input that is no token ids, by its name: `{"pixel_values": (3, 16, 16)}`.
     """
 
     spec: Spec
@@ -50,16 +63,27 @@ class Subject:
     name: str = field(default="", compare=False)
     length: int | None = None
     dtype: torch.dtype = torch.float64
+    given: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def fresh(self, dtype: torch.dtype | None = None) -> Backbone:
         """A copy of the backbone in a dtype (the subject's own by default), in evaluation mode."""
         module = copy.deepcopy(self.backbone.module).to(dtype or self.dtype).eval()
         return Backbone(module, self.backbone.processor, self.backbone.name)
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether token ids go in, if only beside something else (those of a decoder do not count)."""
+        return getattr(self.backbone.module, "main_input_name", "input_ids") == "input_ids"
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether a decoder writes what an encoder was given."""
+        return self.backbone.kind == "encoder-decoder"
+
     @cached_property
     def vocabulary(self) -> int:
         """Number of tokens of the backbone."""
-        return int(self.backbone.module.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        return self.backbone.embeddings.num_embeddings
 
     @property
     def padding(self) -> int:
@@ -68,23 +92,44 @@ class Subject:
         return 0 if found is None else int(found)
 
     def rows(self, number: int, *, seed: int = 0, length: int | None = None) -> list[Row]:
-        """Rows of 3 to 9 tokens, or all of one length; the same for the same seed."""
+        """Rows of 3 to 9 tokens, or all of one length, and of what is `given`; the same for the same seed."""
         made = []
         for row in range(number):
             draw = generator(seed, "row", row)
             size = length or self.length or int(torch.randint(3, 10, (1,), generator=draw))
-            low = min(5, self.vocabulary - 1)
-            made.append(
-                Row(
-                    row,
-                    torch.randint(low, self.vocabulary, (size,), generator=draw),
-                    torch.randint(low, self.vocabulary, (TARGET_LENGTH,), generator=draw),
-                )
+            ids, target = (
+                self._tokens(number, draw) if there else torch.zeros(0, dtype=torch.long)
+                for number, there in ((size, self.reads_tokens), (TARGET_LENGTH, self.has_decoder))
             )
+            given = {
+                name: torch.randn(shape, generator=generator(seed, "row", row, name), dtype=torch.float64)
+                for name, shape in self.given.items()
+            }
+            made.append(Row(row, ids, target, given))
         return made
 
-    def batch(self, rows: Sequence[Row], *, left: bool = False) -> dict[str, Tensor]:
-        """Token ids and mask [rows, longest], padded on the right or the left; decoder ids where there is a decoder."""
+    def _tokens(self, number: int, draw: torch.Generator) -> Tensor:
+        return torch.randint(min(5, self.vocabulary - 1), self.vocabulary, (number,), generator=draw)
+
+    def batch(self, rows: Sequence[Row], *, left: bool = False, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Token ids and mask [rows, longest], padded on the right or the left; decoder ids where there is a decoder.
+
+        What is `given` stands in a dtype, the subject's own by default.
+        """
+        batch = {name: torch.stack([row.given[name] for row in rows]).to(dtype or self.dtype) for name in self.given}
+        if self.reads_tokens:
+            batch |= self._padded(rows, left)
+        if self.has_decoder:
+            batch["decoder_input_ids"] = torch.stack([row.target for row in rows])
+        return {name: value.to(self.backbone.device) for name, value in batch.items()}
+
+    def prompted(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """What generation goes on from: a decoder's own tokens padded on the left, or what an encoder reads."""
+        batch = self.batch(rows, left=self.backbone.kind == "decoder")
+        batch.pop("decoder_input_ids", None)
+        return batch
+
+    def _padded(self, rows: Sequence[Row], left: bool) -> dict[str, Tensor]:
         longest = max(len(row.ids) for row in rows)
         ids, mask = [], []
         for row in rows:
@@ -92,26 +137,30 @@ class Subject:
             around = (space, 0) if left else (0, space)
             ids.append(nn.functional.pad(row.ids, around, value=self.padding))
             mask.append(nn.functional.pad(torch.ones_like(row.ids), around))
-        batch = {"input_ids": torch.stack(ids), "attention_mask": torch.stack(mask)}
-        if self.backbone.kind == "encoder-decoder":
-            batch["decoder_input_ids"] = torch.stack([row.target for row in rows])
-        return {name: value.to(self.backbone.device) for name, value in batch.items()}
+        return {"input_ids": torch.stack(ids), "attention_mask": torch.stack(mask)}
 
     def cut(self, output: Any, rows: Sequence[Row]) -> list[Tensor]:
-        """The output of each row [its own length, width]: logits, or hidden states where there are none."""
+        """The output of each row [its own length, width]: logits, or hidden states where there are none.
+
+        A pooled vector of an image is one position more. Of two towers, the two vectors [2 * width] of the row: their
+        logits compare it with the other rows.
+        """
+        if "text_embeds" in output:
+            return list(torch.cat([output.text_embeds, output.image_embeds], dim=-1))
         values = getattr(output, "logits", None)
         values = output.last_hidden_state if values is None else values
-        both = self.backbone.kind == "encoder-decoder"
-        return [values[i, : TARGET_LENGTH if both else len(row.ids)] for i, row in enumerate(rows)]
+        if "pooler_output" in output and not self.reads_tokens:
+            values = torch.cat([values, output.pooler_output[:, None]], dim=1)
+        return [values[i, : None if self.has_decoder else row.length] for i, row in enumerate(rows)]
 
     def run(self, adapted: Adapted, rows: Sequence[Row], route: Any) -> list[Tensor]:
         """Outputs of each row under a route."""
-        return self.cut(adapted(**self.batch(rows), deltas=route), rows)
+        return self.cut(adapted(**self.batch(rows, dtype=adapted.source.dtype), deltas=route), rows)
 
     def run_drawn(self, adapted: Adapted, rows: Sequence[Row], names: Sequence[str | None], step: int) -> list[Tensor]:
         """Outputs of each row in training, dropout keyed by delta and step at the length of each delta's own rows."""
         draws = tuple(
-            Draw(7, step, max(len(row.ids) for row, own in zip(rows, names, strict=True) if own == name))
+            Draw(7, step, max(row.length or 0 for row, own in zip(rows, names, strict=True) if own == name))
             for name in dict.fromkeys(names)
         )
         call: Call = adapted.call(len(rows), list(names), draws=draws)
@@ -140,6 +189,20 @@ def takes_prefix(backbone: Backbone) -> bool:
     """Whether all attention comes through ours; LongT5's encoder, for one, asks transformers for no function."""
     found = [site.heads for site in backbone.anatomy.sites if site.name in ("attn", "cross")]
     return bool(found) and all(found)
+
+
+def takes_prompt(backbone: Backbone) -> bool:
+    """Whether trained tokens can be put among the backbone's own."""
+    try:
+        check_takes_tokens(backbone)
+    except SiteError:
+        return False
+    return True
+
+
+def prompt(backbone: Backbone, n: int) -> Spec:
+    """A prompt to share a batch with; something small where the backbone takes none."""
+    return Prompt(n=n) if takes_prompt(backbone) else Adapter(m=n)
 
 
 def prefix(backbone: Backbone, n: int) -> Spec:

@@ -36,7 +36,7 @@ class Prompt(Method):
         return PromptLayer(site, self.n)
 
     def initialise(self, layer: Layer, site: Site, backbone: Backbone, generator: torch.Generator) -> None:
-        if backbone.reads == "images":
+        if not backbone.takes_embeddings:
             modules = backbone.module.get_submodule(site.exit).modules()
             patch = next(module for module in modules if isinstance(module, torch.nn.Conv2d))
             bound = (6 / (patch.weight[0].numel() + site.d_out)) ** 0.5
