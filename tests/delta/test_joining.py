@@ -9,9 +9,9 @@ from tests.fit.tiny import backbone
 
 from deltatune.backbone.load import Backbone
 from deltatune.compose.expression import parse
-from deltatune.delta.adapted import Adapted
+from deltatune.delta.adapted import Adapted, adapt
 from deltatune.delta.delta import Delta
-from deltatune.errors import BackboneMismatch, RoutingError, SiteError, UnknownName
+from deltatune.errors import BackboneMismatch, RoutingError, SiteError, UnknownName, UserError
 
 SPECS = ("lora(r=2)", "adapter(m=3)", "prefix(n=2)", "lora(r=2)")
 
@@ -108,3 +108,9 @@ def test_who_does_not_fit_changes_nothing() -> None:
     adapted.remove()
     with pytest.raises(RoutingError, match="removed"):
         adapted.join(made(on, "bitfit", 1))
+
+
+@pytest.mark.parametrize(("given", "fix"), [("lora(r=4)", r"dt.parse\('lora\(r=4\)'\)"), (3, r"dt.LoRA\(r=8\)")])
+def test_what_is_no_method_is_said(given: object, fix: str) -> None:
+    with pytest.raises(UserError, match=f"expected a method or a Delta, such as {fix}"):
+        adapt(backbone("bert"), given)

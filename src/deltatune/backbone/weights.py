@@ -28,6 +28,14 @@ def quantised(model: nn.Module) -> str | None:
     return next((name for name in map(scheme, model.parameters()) if name), None)
 
 
+def packed(parameter: Tensor) -> bool:
+    """Say whether bitsandbytes packed a 4-bit weight anew, as it does for some CPUs at the first evaluation.
+
+    Its products are without a gradient then, and its dequantising does not know of that form.
+    """
+    return bool(getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False))
+
+
 def offloaded(model: nn.Module) -> bool:
     """Say whether accelerate keeps weights of this model elsewhere and brings them in for each forward."""
     return any(parameter.is_meta for parameter in model.parameters())
@@ -50,6 +58,8 @@ def read_weight(model: nn.Module, path: str) -> Tensor:
         kind = scheme(parameter)
         if kind is None:
             return parameter.detach()
+        if packed(parameter):
+            return _unpacked(parameter)
         if kind in BITSANDBYTES:
             from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
@@ -76,6 +86,15 @@ def read_linear(linear: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
     if site.view is None:
         return weight, bias
     return site.view.take(weight.mT).mT, None if bias is None else site.view.take(bias)
+
+
+def _unpacked(parameter: Any) -> Tensor:
+    """The values of a packed weight: only products know of that form, so it is the product with the identity."""
+    import bitsandbytes
+
+    unit = torch.eye(parameter.quant_state.shape[1], dtype=torch.bfloat16)  # the packed form's own dtype
+    made: Tensor = bitsandbytes.matmul_4bit(unit, parameter, quant_state=parameter.quant_state)  # type: ignore[attr-defined]
+    return made.detach().mT.float()
 
 
 def _brought_in(module: nn.Module) -> Any:

@@ -50,8 +50,11 @@ class Delta(nn.Module):
         """Make a fresh delta for a backbone; its parameters depend on the spec, the sites and the seed alone.
 
         SiteError if a selection is empty or names a site that the backbone lacks, or if a method puts tokens into a
-        backbone that takes none.
+        backbone that takes none; UserError for what is no method.
         """
+        if not isinstance(spec, Spec):
+            fix = f"dt.parse({spec!r})" if isinstance(spec, str) else "dt.LoRA(r=8)"
+            raise UserError(f"got {spec!r} for a delta: expected a method or a Delta, such as {fix}")
         sites = [(i, site) for i, method in enumerate(members(spec)) for site in method.sites(backbone)]
         delta = cls(spec, sites, seed=seed, name=name)
         if any(layer.port == "tokens" for _, layer in delta.at_sites()):

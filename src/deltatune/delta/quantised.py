@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone
-from deltatune.backbone.weights import offloaded, quantised, read_weight, scheme
+from deltatune.backbone.weights import offloaded, packed, quantised, read_weight, scheme
 from deltatune.delta.bank import Bank
 from deltatune.delta.call import current, outside
 from deltatune.errors import SiteError
@@ -31,8 +31,8 @@ class _Through(torch.autograd.Function):
 class GradientHook:
     """Lets gradients pass a linear whose kernel gives none.
 
-    torchao's products of quantised activations cut the graph, and residual connections hide it: the gradient is then
-    wrong and nothing fails.
+    torchao's products of quantised activations cut the graph, and so do those of 4-bit weights that bitsandbytes packed;
+    residual connections hide it: the gradient is then wrong and nothing fails.
     """
 
     def __init__(self, bank: Bank) -> None:
@@ -44,10 +44,11 @@ class GradientHook:
         call = current()
         if call is None or call.bank is not self.bank or not torch.is_grad_enabled():
             return None
-        if output.requires_grad or not args[0].requires_grad:
+        cut = not output.requires_grad or packed(module.get_parameter("weight"))
+        if not (cut and args[0].requires_grad):
             return None
         tie: Callable[..., Tensor] = _Through.apply
-        return tie(args[0], output, module)
+        return tie(args[0], output.detach(), module)
 
 
 def let_gradients_pass(module: nn.Module, bank: Bank) -> None:
