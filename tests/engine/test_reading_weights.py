@@ -46,7 +46,9 @@ def test_the_weight_is_read_once_a_call_where_nothing_learns(monkeypatch: pytest
     monkeypatch.setattr(bank, "read_linear", lambda *given: read.append(given) or read_linear(*given))
     ids = torch.arange(3, 10)[None].repeat(2, 1)
     with torch.no_grad():
-        model.generate(ids, attention_mask=torch.ones_like(ids), deltas=["one", "two"], max_new_tokens=4, do_sample=False)
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), deltas=["one", "two"], max_new_tokens=4, do_sample=False
+        )
     assert len(read) == len(model.bank["one"].layers)  # both deltas at once, and not again for each token
     read.clear()
     model(input_ids=ids, deltas=["one", "two"])

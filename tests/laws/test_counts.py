@@ -55,6 +55,9 @@ FORMULAS: dict[str, Callable[[str], int]] = {
     "full": full,
     "head": lambda f: 0,
     "lora": lambda f: 2 * STACKS.get(f, 1) * 8 * ((D + D) + (D + KV.get(f, D))),
+    "dora": lambda f: 2 * STACKS.get(f, 1) * (8 * ((D + D) + (D + KV.get(f, D))) + D + KV.get(f, D)),
+    "oft": lambda f: 2 * STACKS.get(f, 1) * 2 * D * (32 - 1) // 2,
+    "vera": lambda f: 2 * STACKS.get(f, 1) * (2 * 256 + D + KV.get(f, D)),
     "bitfit": biases,
     # A is held once for each stack of equal shapes, B at each site.
     "lora tied": lambda f: 4 * (D + 2 * STACKS.get(f, 1) * (D + KV.get(f, D))),

@@ -117,9 +117,7 @@ def test_dora(family: str) -> None:
     part = ["attn.q", "attn.v", "ffn.up"] if family != "gpt2" else ["attn.o", "ffn.up", "ffn.down"]
     targets = [LINEARS[family][p] for p in part] if family != "gpt2" else ["c_proj", "c_fc"]
     ours = attached(DoRA(r=3, alpha=7.0, at=" ".join(part)), family)
-    config = peft.LoraConfig(
-        r=3, lora_alpha=7, target_modules=targets, use_dora=True, fan_in_fan_out=family == "gpt2"
-    )
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, use_dora=True, fan_in_fan_out=family == "gpt2")
     theirs = peft.get_peft_model(tiny(family), config)
 
     def pairs(pick: Callable[[Tensor], Tensor]) -> Pairs:
@@ -144,7 +142,9 @@ def test_dora(family: str) -> None:
     assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
 
 
-@pytest.mark.parametrize("options", [{}, {"share": True}, {"neumann": 5}, {"neumann": 4, "share": True}, {"neumann": 8}])
+@pytest.mark.parametrize(
+    "options", [{}, {"share": True}, {"neumann": 5}, {"neumann": 4, "share": True}, {"neumann": 8}]
+)
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_oft(family: str, options: dict[str, Any]) -> None:
     part = ["attn.q", "attn.v", "ffn.up"]
@@ -174,9 +174,7 @@ def test_vera(family: str) -> None:
     part = ["attn.o", "ffn.up", "ffn.down"] if family == "gpt2" else part
     targets = [LINEARS[family][p] for p in part] if family != "gpt2" else ["c_proj", "c_fc"]
     ours = attached(VeRA(r=10, key=3, at=" ".join(part)), family)
-    config = peft.VeraConfig(
-        r=10, projection_prng_key=3, target_modules=targets, fan_in_fan_out=family == "gpt2"
-    )
+    config = peft.VeraConfig(r=10, projection_prng_key=3, target_modules=targets, fan_in_fan_out=family == "gpt2")
     theirs = peft.get_peft_model(tiny(family), config)
 
     def pairs(pick: Callable[[Tensor], Tensor]) -> Pairs:

@@ -19,7 +19,7 @@ from deltatune.errors import SiteError
 class OFT(Method):
     """Turn the input of a linear by trained rotations of blocks of it.
 
-    y = W (R x) + b, with R made of d_in / b blocks [b, b] on its diagonal, each the Cayley transform
+    y = W (R x) + bias, with R made of d_in / b blocks [b, b] on its diagonal, each the Cayley transform
     (I + Q)^-1 (I - Q) of a skew-symmetric Q; b must divide d_in. R [blocks, b (b - 1) / 2] holds the upper triangles of
     the Qs. Parameters: d_in (b - 1) / 2 a site; b (b - 1) / 2 with `share`, one block for all. Angles between rows of W
     stay as they are. At inference it can be merged and then costs nothing. Start: Q = 0 (the identity). With `neumann`
@@ -49,7 +49,9 @@ class OFT(Method):
         if site.d_in % self.b:
             near = sorted((d for d in range(2, site.d_in + 1) if not site.d_in % d), key=lambda d: abs(d - self.b))
             said = " or ".join(map(str, near[:2])) or "no block at all"
-            raise SiteError(f"oft: blocks of b={self.b} do not divide the {site.d_in} inputs of {site.key}; take {said}")
+            raise SiteError(
+                f"oft: blocks of b={self.b} do not divide the {site.d_in} inputs of {site.key}; take {said}"
+            )
         kind = TurnInput if site.view is None else TurnRows
         return kind(1 if self.share else site.d_in // self.b, self.b, self.neumann)
 

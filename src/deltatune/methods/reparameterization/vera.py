@@ -19,12 +19,13 @@ from deltatune.errors import SiteError
 class VeRA(Method):
     """Train two vectors around a product of random matrices that all sites share.
 
-    y = W x + b * B (d * (A x)), with trained d [r] and b [d_out], and frozen A [r, width] and B [rows, r], of which each
-    site takes the first d_in columns and the first d_out rows (in a fused linear those of its own part). A and B are
-    drawn from `key` and held nowhere: neither trained nor counted nor saved, kept once in memory for all deltas of one
-    key and shape. `width` is the largest d_in among the sites unless it is given. Parameters: r + d_out a site. At
-    inference it can be merged and then costs nothing. Start: d = d_initial, b zero (the identity). It cannot change a
-    norm or an activation. Source: Kopiczko et al. 2023, VeRA: Vector-based Random Matrix Adaptation, arXiv:2310.11454.
+    y = W x + b * B (d * (A x)), with trained d [r] and b [d_out], and frozen A [r, width] and B [rows, r], of which
+    each site takes the first d_in columns and the first d_out rows (in a fused linear those of its own part). A and B
+    are drawn from `key` and held by no delta: neither trained nor counted nor saved, and once in memory for all deltas
+    of one key and shape. `width` is the largest d_in among the sites unless it is given. Parameters: r + d_out a site.
+    At inference it can be merged and then costs nothing. Start: d = d_initial, b zero (the identity). It cannot change
+    a norm or an activation. Source: Kopiczko et al. 2023, VeRA: Vector-based Random Matrix Adaptation,
+    arXiv:2310.11454.
     """
 
     family: ClassVar[Family] = "reparameterization"
