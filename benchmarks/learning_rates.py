@@ -26,14 +26,17 @@ FIELDS = ("task", "method", "lr", "seed", "dev", "state")
 RATES = {
     "adapter": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "bitfit": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "dora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "full": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
     "head": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "ia3": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "lntuning": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "oft": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "parallel_adapter": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     "prefix": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "prompt": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "vera": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 }
 
 

@@ -95,7 +95,7 @@ def average() -> Measured:
 
 def batch_split() -> Measured:
     backbone = Backbone(tiny("bert"))
-    deltas = [made("lora(r=2)", backbone, "one", 1), made("ia3", backbone, "two", 2)]
+    deltas = [made("lora(r=2)", backbone, "one", 1), made("dora(r=2)", backbone, "two", 2)]
     alone = []
     for delta in deltas:
         with Adapted(backbone, [delta]) as adapted:
@@ -142,8 +142,7 @@ CASES = (
          "the mean of the changes added to the weights by hand", "The weighted parts are averaged once more, so the"
          " effect is half as large.", average),
     Case("batch_split", "adapters", '`BatchSplit("lora", "dora", batch_sizes=[2, 2])`', "each row under its own adapter",
-         "each adapter alone", "How the last one combines with the layer decides for all rows. deltatune has no DoRA:"
-         " measured with LoRA beside (IA)³, which adapters refuses with an error of shapes.", batch_split),
+         "each adapter alone", "How the last one combines with the layer decides for all rows.", batch_split),
     Case("bottleneck", "adapters", '`add_adapter(..., config="seq_bn")` on Gemma 2', "each block's adapter reads its own norm",
          "the same with each block's norm handed to its hook", "Documented as applied with the block's norm before it; all blocks get the last one's. deltatune's adapter"
          " has no norm: measured beside its formula by hand.", bottleneck),

@@ -15,17 +15,20 @@ _LAZY: dict[str, str] = {
     "BitFit": "deltatune.methods.specification.bitfit",
     "Delta": "deltatune.delta.delta",
     "DeltatuneError": "deltatune.errors",
+    "DoRA": "deltatune.methods.reparameterization.dora",
     "Full": "deltatune.methods.baseline.full",
     "Head": "deltatune.methods.baseline.head",
     "IA3": "deltatune.methods.addition.ia3",
     "LNTuning": "deltatune.methods.specification.lntuning",
     "LoRA": "deltatune.methods.reparameterization.lora",
+    "OFT": "deltatune.methods.reparameterization.oft",
     "ParallelAdapter": "deltatune.methods.addition.parallel_adapter",
     "Prefix": "deltatune.methods.addition.prefix",
     "Prompt": "deltatune.methods.addition.prompt",
     "Task": "deltatune.data.task",
     "TrainableTokens": "deltatune.methods.specification.trainabletokens",
     "UserError": "deltatune.errors",
+    "VeRA": "deltatune.methods.reparameterization.vera",
     "adapt": "deltatune.delta.adapted",
     "blend": "deltatune.delta.blend",
     "fit": "deltatune.studies.verbs",
@@ -64,7 +67,10 @@ if TYPE_CHECKING:
     from deltatune.methods.addition.prompt import Prompt as Prompt
     from deltatune.methods.baseline.full import Full as Full
     from deltatune.methods.baseline.head import Head as Head
+    from deltatune.methods.reparameterization.dora import DoRA as DoRA
     from deltatune.methods.reparameterization.lora import LoRA as LoRA
+    from deltatune.methods.reparameterization.oft import OFT as OFT
+    from deltatune.methods.reparameterization.vera import VeRA as VeRA
     from deltatune.methods.specification.bitfit import BitFit as BitFit
     from deltatune.methods.specification.lntuning import LNTuning as LNTuning
     from deltatune.methods.specification.trainabletokens import TrainableTokens as TrainableTokens

@@ -21,7 +21,7 @@ from deltatune.delta.delta import Delta
 from deltatune.laws.subject import moved
 
 WORLD = 2
-SPECS = ("lora(r=2) | bitfit", "adapter(m=3)", "prefix(n=2)")
+SPECS = ("lora(r=2) | bitfit", "adapter(m=3)", "prefix(n=2)", "dora(r=2) | oft(b=8) | vera(r=4)")
 pytestmark = pytest.mark.skipif(not dist.is_available() or os.name == "nt", reason="needs gloo and processes")
 
 

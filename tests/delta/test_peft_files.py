@@ -121,6 +121,26 @@ def test_oft_of_peft_computes_the_same_here(tmp_path: Path, family: str, options
     back(delta, tmp_path, family, backbone)
 
 
+VERAS: list[tuple[str, dict[str, Any]]] = [
+    ("bert", dict(target_modules=["query", "value"])),
+    ("bert", dict(target_modules=["query", "output.dense"], projection_prng_key=5, vera_dropout=0.1)),
+    ("roberta", dict(target_modules=["query", "intermediate.dense"], save_projection=False, d_initial=0.5)),
+    ("gpt2", dict(target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)),
+    ("llama", dict(target_modules="all-linear", save_projection=False)),
+    ("llama", dict(target_modules=["q_proj", "lm_head"])),
+    ("t5", dict(target_modules=r".*(decoder.*EncDecAttention\.q|0.*wo)")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "options"), VERAS)
+def test_vera_of_peft_computes_the_same_here(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    theirs = theirs_in(tmp_path / "theirs", family, peft.VeraConfig(r=6, task_type=TASK.get(family), **options))
+    backbone = Backbone(tiny(family))
+    delta = Delta.load(str(tmp_path / "theirs"), backbone)
+    same(delta, theirs, family, backbone)
+    back(delta, tmp_path, family, backbone)
+
+
 def test_one_rotation_of_a_fused_linear_is_three_equal_ones(tmp_path: Path) -> None:
     """And of three different ones there is no file, nor of what PEFT's OFT has no class for."""
     model = peft.get_peft_model(build("gpt_neox"), peft.OFTConfig(target_modules=["query_key_value"], oft_block_size=8))
@@ -148,9 +168,10 @@ def back(delta: Delta, tmp_path: Path, family: str, backbone: Backbone) -> None:
     write(export(Delta.load(str(tmp_path / "ours"), backbone), backbone), tmp_path / "again")
     before, after = load_file(tmp_path / "theirs" / TENSORS), load_file(tmp_path / "again" / TENSORS)
     copies = {key for key in before if key.endswith("base_layer.weight")}  # of the backbone's own weights
-    assert before.keys() - copies == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in after)
-    if not copies:
+    drawn = {"base_model.vera_A", "base_model.vera_B"} - before.keys()  # PEFT need not save these, we always do
+    assert before.keys() - copies == after.keys() - drawn
+    assert all(torch.equal(before[key], after[key]) for key in after.keys() - drawn)
+    if not copies and not (drawn & after.keys()):
         assert (tmp_path / "theirs" / TENSORS).read_bytes() == (tmp_path / "again" / TENSORS).read_bytes()
     same(delta, peft.PeftModel.from_pretrained(tiny(family), str(tmp_path / "again")), family, backbone)
 
@@ -229,6 +250,9 @@ OURS = [
     *((family, "oft(b=8)") for family in ("bert", "llama", "t5")),
     ("llama", "oft(b=4, share=True, neumann=6, at='attn.{q,o} ffn.down')"),
     ("bert", "oft(b=8, at='attn.q') | oft(b=12, at='ffn.down')"),
+    *((family, "vera(r=6)") for family in ("bert", "llama", "t5")),
+    ("gpt2", "vera(r=6, key=2, at='attn.v ffn.{up,down}')"),
+    ("llama", "vera(r=6, at='attn.{q,o} ffn.down', blocks='-1')"),
     *((family, "ia3") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
     ("gpt2", "ia3(at='attn.k')"),
     *((family, "lntuning") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),

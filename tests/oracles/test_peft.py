@@ -24,6 +24,7 @@ from deltatune.methods.addition.prompt import Prompt
 from deltatune.methods.reparameterization.dora import DoRA
 from deltatune.methods.reparameterization.lora import LoRA
 from deltatune.methods.reparameterization.oft import OFT
+from deltatune.methods.reparameterization.vera import VeRA
 from deltatune.methods.specification.lntuning import LNTuning
 
 LINEARS = {
@@ -158,6 +159,32 @@ def test_oft(family: str, options: dict[str, Any]) -> None:
     def pairs(pick: Callable[[Tensor], Tensor]) -> Pairs:
         modules = ((layer, theirs.get_submodule(f"base_model.model.{site.exit}")) for site, layer in each(ours))
         return [(pick(layer.R), pick(module.oft_R["default"].weight)) for layer, module in modules]
+
+    def copy() -> None:
+        for own, other in pairs(lambda p: p):
+            other.copy_(own)
+
+    compared(ours, theirs, family, copy, lambda: pairs(grad))
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "gpt2"])
+def test_vera(family: str) -> None:
+    """PEFT's random matrices are ours: only the vectors are copied."""
+    part = ["attn.q", "attn.v", "ffn.up", *([] if family == "bert" else ["ffn.down"])]
+    part = ["attn.o", "ffn.up", "ffn.down"] if family == "gpt2" else part
+    targets = [LINEARS[family][p] for p in part] if family != "gpt2" else ["c_proj", "c_fc"]
+    ours = attached(VeRA(r=10, key=3, at=" ".join(part)), family)
+    config = peft.VeraConfig(r=10, projection_prng_key=3, target_modules=targets, fan_in_fan_out=family == "gpt2")
+    theirs = peft.get_peft_model(tiny(family), config)
+
+    def pairs(pick: Callable[[Tensor], Tensor]) -> Pairs:
+        found = []
+        for site, layer in each(ours):
+            module = theirs.get_submodule(f"base_model.model.{site.exit}")
+            found.append((pick(layer.b), pick(module.vera_lambda_b["default"])))
+            found.append((pick(layer.d), pick(module.vera_lambda_d["default"])))
+        return found
 
     def copy() -> None:
         for own, other in pairs(lambda p: p):

@@ -43,7 +43,9 @@ class Delta(nn.Module):
             self.sites[address] = site
             self.layers[address] = layer
         for number, method in enumerate(members(spec)):
-            tie(method, [layer for address, layer in self.layers.items() if address.startswith(f"{number}/")])  # type: ignore[misc]
+            own = [(self.sites[a], layer) for a, layer in self.layers.items() if a.startswith(f"{number}/")]
+            tie(method, [layer for _, layer in own])  # type: ignore[misc]
+            method.join(own)  # type: ignore[arg-type]
 
     @classmethod
     def build(cls, spec: Spec, backbone: Backbone, *, seed: int = 0, name: str = "") -> Delta:

@@ -60,6 +60,9 @@ class Method(BaseModel):
     def initialise(self, layer: Layer, site: Site, backbone: Backbone, generator: torch.Generator) -> None:
         """Set a fresh layer's parameters from the backbone, for a method whose start depends on it."""
 
+    def join(self, placed: Sequence[tuple[Site, Layer]]) -> None:
+        """Tell the layers of one delta what they need to know of each other, before any values are set."""
+
     def __or__(self, other: Method | Composition) -> Composition:
         return Composition((self,)) | other
 

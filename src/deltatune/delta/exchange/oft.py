@@ -1,7 +1,7 @@
 """OFT in PEFT's format: one tensor `oft_R.weight` beside each linear.
 
-A fused linear (GPT-NeoX's `query_key_value`) has one rotation there; here q, k and v each have their own, and only equal
-ones can be written.
+A fused linear (GPT-NeoX's `query_key_value`) has one rotation there; here q, k and v each have their own, and only
+equal ones can be written.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def write_oft(delta: Delta, bound: Mapping[str, Site], backbone: Backbone) -> tu
 
 
 def _size(wanted: set[tuple[int, int]], delta: Delta) -> dict[str, int]:
-    """Return the size or number of blocks of which PEFT makes these sizes (input, block). UserError if there is none."""
+    """Return the size or number of which PEFT makes blocks of these (input, size) pairs. UserError if there is none."""
     for width, b in sorted(wanted):
         for said in ({"oft_block_size": b, "r": 0}, {"r": width // b, "oft_block_size": 0}):
             if all(_block(other, said["r"], said["oft_block_size"]) == size for other, size in wanted):

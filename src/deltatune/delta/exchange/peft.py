@@ -28,6 +28,7 @@ from deltatune.delta.exchange.oft import read_oft, write_oft
 from deltatune.delta.exchange.places import Naming
 from deltatune.delta.exchange.sequences import read_prefix, read_prompt, write_prefix, write_prompt
 from deltatune.delta.exchange.thin import PREFIX, read_ia3, write_ia3, write_lora
+from deltatune.delta.exchange.vera import read_vera, write_vera
 from deltatune.delta.files import whole_folder
 from deltatune.delta.method import members
 from deltatune.errors import DeltaFileError, DeltatuneError, OutputError, UnknownName, UserError
@@ -39,11 +40,11 @@ Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], Backbone, str], list
 Writer = Callable[[Delta, Mapping[str, Site], Backbone], tuple[dict[str, Any], dict[str, Tensor]]]
 READERS: dict[str, Reader] = {
     "LORA": read_lora_or_dora, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix,
-    "OFT": read_oft, "LN_TUNING": read_ln,
+    "OFT": read_oft, "LN_TUNING": read_ln, "VERA": read_vera,
 }  # fmt: skip
 WRITERS: dict[str, Writer] = {
     "lora": write_lora, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix, "dora": write_dora,
-    "oft": write_oft, "lntuning": write_ln,
+    "oft": write_oft, "lntuning": write_ln, "vera": write_vera,
 }  # fmt: skip
 
 # Options that the readers act on, or that say nothing about what is computed; any other must be unset.
@@ -55,6 +56,7 @@ KNOWN = {
     "ensure_weight_tying", "feedforward_modules", "init_ia3_weights", "num_virtual_tokens", "token_dim",
     "num_layers", "num_attention_heads", "num_transformer_submodules", "prefix_projection", "encoder_hidden_size",
     "use_dora",
+    "projection_prng_key", "save_projection", "vera_dropout", "d_initial",
     "oft_block_size", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms", "eps",
     "init_weights", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
 }  # fmt: skip

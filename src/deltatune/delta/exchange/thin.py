@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -282,7 +282,7 @@ def by_module(delta: Delta, bound: Mapping[str, Site], backbone: Backbone) -> di
     return found
 
 
-def transposed(modules: Mapping[str, Any], backbone: Backbone) -> bool:
+def transposed(modules: Iterable[str], backbone: Backbone) -> bool:
     """Whether the weights are [in, out], as in GPT-2."""
     return any(not isinstance(backbone.module.get_submodule(m), torch.nn.Linear) for m in modules)
 

@@ -19,14 +19,14 @@ from deltatune.delta.method import Family, Method
 class DoRA(Method):
     """Turn the rows of a linear's weight by a product of two thin matrices, and train their lengths apart.
 
-    y = s * (W x + (alpha / r) B A x) + b with s = m / |W + (alpha / r) B A|, the length of each row; A [r, d_in],
-    B [d_out, r], m [d_out]. The length gets no gradient (section 4.3). It comes from r columns more, not from a dense
-    W + B A, so that a delta costs in each forward what about 2 r rows of input cost, and in a bank they all read one W.
-    Parameters: r (d_in + d_out) + d_out a site. At inference it can be merged and then costs nothing. Start: A
-    Kaiming-uniform, B zero, m = |W| (the identity). It stands at linears alone and reads their weights (a quantised one
-    is dequantised each time). Where other deltas act on h before it, s scales what they added, too:
-    h <- h + (s - 1) (h - b) + s (alpha / r) B A x, with W and b the backbone's own. Dropout is on x of B A x alone.
-    Source: Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353.
+    y = s * (W x + (alpha / r) B A x) + bias with s = m / |W + (alpha / r) B A|, the length of each row; A [r, d_in],
+    B [d_out, r], m [d_out]. The length gets no gradient (section 4.3). It is made of W A^T, not of a dense W + B A: a
+    delta costs in each forward what r + 1 more positions would, and all deltas of a bank read one W. Parameters:
+    r (d_in + d_out) + d_out a site. At inference it can be merged and then costs nothing. Start: A Kaiming-uniform,
+    B zero, m = |W| (the identity). It stands at linears alone and reads their weights (a quantised one is dequantised
+    for it). Where other deltas act before it, s scales what they added, too:
+    h <- h + (s - 1) (h - bias) + s (alpha / r) B A x, with W and bias the backbone's own. Dropout is on the x of B A x
+    alone. Source: Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353.
     """
 
     family: ClassVar[Family] = "reparameterization"
@@ -49,7 +49,7 @@ class DoRA(Method):
 
 
 class DoRALayer(Layer):
-    """(s - 1) (h - b) + s B A x, scaled, beside a linear."""
+    """(s - 1) (h - bias) + s B A x, scaled, beside a linear."""
 
     needs: ClassVar[Needs] = "weight-read"
     mergeable: ClassVar[bool] = True

@@ -19,7 +19,7 @@ from deltatune.errors import SiteError
 class OFT(Method):
     """Turn the input of a linear by trained rotations of blocks of it.
 
-    y = W (R x) + b, with R made of d_in / b blocks [b, b] on its diagonal, each the Cayley transform
+    y = W (R x) + bias, with R made of d_in / b blocks [b, b] on its diagonal, each the Cayley transform
     (I + Q)^-1 (I - Q) of a skew-symmetric Q; b must divide d_in. R [blocks, b (b - 1) / 2] holds the upper triangles of
     the Qs. Parameters: d_in (b - 1) / 2 a site; b (b - 1) / 2 with `share`, one block for all. Angles between rows of W
     stay as they are. At inference it can be merged and then costs nothing. Start: Q = 0 (the identity). With `neumann`
