@@ -79,6 +79,14 @@ LORAS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", dict(target_modules="all-linear")),
     ("llama", dict(target_modules="all-linear", lora_dropout=0.1)),
     ("llama", dict(target_modules=["q_proj", "lm_head"])),
+    ("bert", dict(target_modules=["query", "word_embeddings"])),
+    ("bert", dict(target_modules=["word_embeddings"], use_rslora=True, lora_dropout=0.1)),
+    ("gpt2", dict(target_modules=["c_attn", "wte"], fan_in_fan_out=True, alpha_pattern={"wte": 3}, rank_pattern={"wte": 2})),
+    ("llama", dict(target_modules=["q_proj", "embed_tokens", "lm_head"], lora_dropout=0.1)),
+    ("llama", dict(target_modules=r".*(embed_tokens|q_proj)")),
+    ("bert", dict(target_modules=["query"], trainable_token_indices=[7, 3, 20])),
+    ("gpt2", dict(target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices={"wte": [7, 3, 20]})),
+    ("llama", dict(target_modules=["q_proj"], trainable_token_indices=[7, 3, 20])),
     ("llama", dict(target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")),
     ("t5", dict(target_modules=["q", "v", "wo"])),
     ("t5", dict(target_modules=r"decoder.*EncDecAttention\.(q|k)")),
@@ -148,6 +156,24 @@ def test_prefix_of_peft_computes_the_same_here(tmp_path: Path, family: str, proj
     back(delta, tmp_path, family, backbone)
 
 
+TOKENS: list[tuple[str, dict[str, Any]]] = [
+    ("bert", {}),
+    ("gpt2", {}),  # its head shares the table
+    ("llama", {}),
+    ("llama", dict(target_modules=["embed_tokens", "lm_head"])),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), TOKENS)
+def test_trained_tokens_of_peft_compute_the_same_here(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    config = peft.TrainableTokensConfig(task_type=TASK.get(family), token_indices=list(range(60, 20, -1)), **options)
+    theirs = theirs_in(tmp_path / "theirs", family, config)
+    backbone = Backbone(tiny(family))
+    delta = Delta.load(str(tmp_path / "theirs"), backbone)
+    same(delta, theirs, family, backbone)
+    back(delta, tmp_path, family, backbone)
+
+
 LNS: list[tuple[str, dict[str, Any]]] = [
     ("bert", dict(target_modules=["LayerNorm"])),
     ("bert", dict(target_modules=r".*attention\.output\.LayerNorm")),
@@ -176,6 +202,13 @@ OURS = [
     ("gpt2", "lora(r=2, alpha=8, at='attn.q') | lora(r=3, alpha=5, at='attn.v')"),
     ("llama", "lora(r=4, at='attn.{q,k,v,o} ffn.{up,gate,down} lm_head')"),
     ("t5", "lora(r=4, at='attn.q cross.{k,o} ffn.up')"),
+    *((family, "lora(r=4, at='attn.q embed')") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
+    ("bert", "lora(r=2, at='embed') | lora(r=3, alpha=5, at='attn.q', dropout=0.0)"),
+    *((family, "trainabletokens(tokens='90:,5,3:50')") for family in ("bert", "roberta", "distilbert", "llama")),
+    ("gpt2", "trainabletokens(tokens='5:', at='embed lm_head', tie='change')"),
+    ("llama", "trainabletokens(tokens='5:', at='embed lm_head')"),
+    ("bert", "lora(r=2) | trainabletokens(tokens='5:')"),
+    ("gpt2", "trainabletokens(at='embed lm_head', tie='change') | lora(r=2)"),
     *((family, "ia3") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
     ("gpt2", "ia3(at='attn.k')"),
     *((family, "lntuning") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),

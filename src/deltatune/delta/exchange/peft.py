@@ -25,7 +25,14 @@ from deltatune.delta.delta import Delta
 from deltatune.delta.exchange.norms import read_ln, write_ln
 from deltatune.delta.exchange.places import Naming
 from deltatune.delta.exchange.sequences import read_prefix, read_prompt, write_prefix, write_prompt
-from deltatune.delta.exchange.thin import PREFIX, read_ia3, read_lora, write_ia3, write_lora
+from deltatune.delta.exchange.tables import (
+    read_lora_and_tables,
+    read_tokens,
+    write_lora_and_tables,
+    write_lora_beside_tokens,
+    write_tokens,
+)
+from deltatune.delta.exchange.thin import PREFIX, read_ia3, write_ia3
 from deltatune.delta.files import PEFT_CONFIG as CONFIG
 from deltatune.delta.files import whole_folder
 from deltatune.delta.method import members
@@ -37,12 +44,15 @@ TASK = {"encoder": "FEATURE_EXTRACTION", "decoder": "CAUSAL_LM", "encoder-decode
 Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], Backbone, str], list[Member]]
 Writer = Callable[[Delta, Mapping[str, Site], Backbone], tuple[dict[str, Any], dict[str, Tensor]]]
 READERS: dict[str, Reader] = {
-    "LORA": read_lora, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix,
+    "LORA": read_lora_and_tables, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix,
     "LN_TUNING": read_ln,
+    "TRAINABLE_TOKENS": read_tokens,
 }  # fmt: skip
 WRITERS: dict[str, Writer] = {
-    "lora": write_lora, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix,
+    "lora": write_lora_and_tables, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix,
     "lntuning": write_ln,
+    "trainabletokens": write_tokens,
+    "lora | trainabletokens": write_lora_beside_tokens,
 }  # fmt: skip
 
 # Options that the readers act on, or that say nothing about what is computed; any other must be unset.
@@ -53,6 +63,7 @@ KNOWN = {
     "init_lora_weights", "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
     "ensure_weight_tying", "feedforward_modules", "init_ia3_weights", "num_virtual_tokens", "token_dim",
     "num_layers", "num_attention_heads", "num_transformer_submodules", "prefix_projection", "encoder_hidden_size",
+    "token_indices", "trainable_token_indices",
     "init_weights", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
 }  # fmt: skip
 WORDS = {
@@ -60,7 +71,6 @@ WORDS = {
     "loftq_config": "LoftQ: it belongs to weights that it quantised itself",
     "layer_replication": "blocks that the backbone has not",
     "target_parameters": "a LoRA on parameters that are no linear, as experts are",
-    "trainable_token_indices": "trained rows of the table of embeddings",
     "lora_bias": "biases of the LoRA itself",
     "alora_invocation_tokens": "aLoRA: it acts from certain tokens on",
 }
@@ -176,9 +186,10 @@ def export(delta: Delta, backbone: Backbone) -> PeftFolder:
     for name in names:
         if name not in WRITERS:
             raise UnknownName("method of PEFT", name, WRITERS, f"{delta.name!r} cannot be exported")
-    if len(names) > 1:
+    kind = " | ".join(sorted(names))
+    if kind not in WRITERS:
         raise UserError(f"PEFT holds one method a folder; {delta.name!r} is a composition of {', '.join(names)}")
-    config, tensors = WRITERS[names[0]](delta, bound, backbone)
+    config, tensors = WRITERS[kind](delta, bound, backbone)
     base = EMBEDDED[backbone.name].hub if backbone.name in EMBEDDED else backbone.name
     common = {"base_model_name_or_path": base, "task_type": TASK[backbone.kind], "inference_mode": True}
     return PeftFolder(

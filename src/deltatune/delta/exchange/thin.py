@@ -117,7 +117,7 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone
         )
     if config.get("bias", "none") != "none":
         raise DeltaFileError(f"{where} has bias={config['bias']!r}: trained biases of the backbone; expected 'none'")
-    tensors = _without_own_weights(tensors, backbone, where)
+    tensors = without_own_weights(tensors, backbone, where)
     found = modules_of(tensors, {".lora_A.weight": "A", ".lora_B.weight": "B"}, where)
     groups: dict[tuple[int, float], list[Part]] = {}
     for path, (module, sites) in _placed(config, found, backbone, where).items():
@@ -141,7 +141,7 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone
     ]
 
 
-def _without_own_weights(tensors: Mapping[str, Tensor], backbone: Backbone, where: str) -> dict[str, Tensor]:
+def without_own_weights(tensors: Mapping[str, Tensor], backbone: Backbone, where: str) -> dict[str, Tensor]:
     """Leave out the copies of the backbone's weights that PEFT saves beside a LoRA on the language-model head.
 
     DeltaFileError if they are others than this backbone's.
