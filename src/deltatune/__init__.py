@@ -20,6 +20,7 @@ _LAZY: dict[str, str] = {
     "IA3": "deltatune.methods.addition.ia3",
     "LNTuning": "deltatune.methods.specification.lntuning",
     "LoRA": "deltatune.methods.reparameterization.lora",
+    "PTuning": "deltatune.methods.addition.ptuning",
     "ParallelAdapter": "deltatune.methods.addition.parallel_adapter",
     "Prefix": "deltatune.methods.addition.prefix",
     "Prompt": "deltatune.methods.addition.prompt",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from deltatune.methods.addition.prompt import Prompt as Prompt
     from deltatune.methods.baseline.full import Full as Full
     from deltatune.methods.baseline.head import Head as Head
+    from deltatune.methods.addition.ptuning import PTuning as PTuning
     from deltatune.methods.reparameterization.lora import LoRA as LoRA
     from deltatune.methods.specification.bitfit import BitFit as BitFit
     from deltatune.methods.specification.lntuning import LNTuning as LNTuning

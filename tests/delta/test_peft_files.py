@@ -144,6 +144,22 @@ def test_prompt_of_peft_computes_the_same_here(tmp_path: Path, family: str) -> N
     back(delta, tmp_path, family, backbone)
 
 
+@pytest.mark.parametrize("kind", ["MLP", "LSTM"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_p_tuning_of_peft_computes_the_same_here(tmp_path: Path, family: str, kind: str) -> None:
+    """What its network made is all that the file holds: it comes back as a prompt."""
+    config = peft.PromptEncoderConfig(
+        task_type=TASK[family], num_virtual_tokens=3, num_transformer_submodules=1, encoder_hidden_size=8,
+        encoder_reparameterization_type=kind,
+    )  # fmt: skip
+    theirs = theirs_in(tmp_path / "theirs", family, config)
+    backbone = Backbone(tiny(family))
+    delta = Delta.load(str(tmp_path / "theirs"), backbone)
+    assert str(delta.spec) == "prompt(n=3)"
+    same(delta, theirs, family, backbone)
+    back(delta, tmp_path, family, backbone)
+
+
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
 def test_prefix_of_peft_computes_the_same_here(tmp_path: Path, family: str, projected: bool) -> None:
@@ -213,6 +229,7 @@ OURS = [
     ("gpt2", "ia3(at='attn.k')"),
     *((family, "lntuning") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
     ("gpt2", "lntuning(at='norm.{attn,final}')"),
+    *((family, "ptuning(n=3, m=8)") for family in ("gpt2", "llama", "t5")),
     *((family, "prompt(n=3)") for family in ("gpt2", "llama", "t5")),
     *((family, "prefix(n=3, shift=True)") for family in ("bert", "roberta", "gpt2", "llama")),
 ]

@@ -16,6 +16,7 @@ SURFACE = [
     "IA3",
     "LNTuning",
     "LoRA",
+    "PTuning",
     "ParallelAdapter",
     "Prefix",
     "Prompt",

@@ -24,7 +24,13 @@ from deltatune.delta.attach import check_fits
 from deltatune.delta.delta import Delta
 from deltatune.delta.exchange.norms import read_ln, write_ln
 from deltatune.delta.exchange.places import Naming
-from deltatune.delta.exchange.sequences import read_prefix, read_prompt, write_prefix, write_prompt
+from deltatune.delta.exchange.sequences import (
+    read_prefix,
+    read_prompt,
+    write_p_tuning,
+    write_prefix,
+    write_prompt,
+)
 from deltatune.delta.exchange.tables import (
     read_lora_and_tables,
     read_tokens,
@@ -46,11 +52,13 @@ Writer = Callable[[Delta, Mapping[str, Site], Backbone], tuple[dict[str, Any], d
 READERS: dict[str, Reader] = {
     "LORA": read_lora_and_tables, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix,
     "LN_TUNING": read_ln,
+    "P_TUNING": read_prompt,
     "TRAINABLE_TOKENS": read_tokens,
 }  # fmt: skip
 WRITERS: dict[str, Writer] = {
     "lora": write_lora_and_tables, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix,
     "lntuning": write_ln,
+    "ptuning": write_p_tuning,
     "trainabletokens": write_tokens,
     "lora | trainabletokens": write_lora_beside_tokens,
 }  # fmt: skip
@@ -63,6 +71,7 @@ KNOWN = {
     "init_lora_weights", "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
     "ensure_weight_tying", "feedforward_modules", "init_ia3_weights", "num_virtual_tokens", "token_dim",
     "num_layers", "num_attention_heads", "num_transformer_submodules", "prefix_projection", "encoder_hidden_size",
+    "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout",
     "token_indices", "trainable_token_indices",
     "init_weights", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
 }  # fmt: skip
