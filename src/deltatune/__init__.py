@@ -63,9 +63,9 @@ if TYPE_CHECKING:
     from deltatune.methods.addition.parallel_adapter import ParallelAdapter as ParallelAdapter
     from deltatune.methods.addition.prefix import Prefix as Prefix
     from deltatune.methods.addition.prompt import Prompt as Prompt
+    from deltatune.methods.addition.ptuning import PTuning as PTuning
     from deltatune.methods.baseline.full import Full as Full
     from deltatune.methods.baseline.head import Head as Head
-    from deltatune.methods.addition.ptuning import PTuning as PTuning
     from deltatune.methods.reparameterization.lora import LoRA as LoRA
     from deltatune.methods.specification.bitfit import BitFit as BitFit
     from deltatune.methods.specification.lntuning import LNTuning as LNTuning

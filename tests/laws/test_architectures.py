@@ -15,6 +15,7 @@ from tests.backbone.families import FAMILIES as ALL
 from tests.backbone.families import build, kind
 from tests.laws.subjects import METHODS, SPECS, exemptions
 
+from deltatune.backbone.gains import has_gain
 from deltatune.backbone.load import Backbone
 from deltatune.delta.delta import Delta
 from deltatune.errors import RoutingError, SiteError
@@ -45,6 +46,9 @@ def backbone(family: str) -> Backbone:
 @cache
 def stands(method: str, family: str) -> bool:
     """Whether the method has a place: a prefix has none where attention asks transformers for nothing."""
+    if method == "lntuning":  # OLMo's norms have no weights
+        norms = [site.exit for site in backbone(family).anatomy.sites if site.name in ("norm.attn", "norm.ffn")]
+        return any(has_gain(backbone(family).module.get_submodule(path)) for path in norms)
     return "prefix" not in method or takes_prefix(backbone(family))
 
 

@@ -99,9 +99,12 @@ def write_p_tuning(
     layer = delta.layers[address]
     assert isinstance(layer, TokenLayer)
     tokens = layer.tokens(own_params(layer, layer.get_parameter("prompt").dtype))[0]
-    return {"peft_type": "P_TUNING", "encoder_reparameterization_type": "MLP", "encoder_hidden_size": hidden, **config}, {
-        KEY: tokens
-    }
+    return {
+        "peft_type": "P_TUNING",
+        "encoder_reparameterization_type": "MLP",
+        "encoder_hidden_size": hidden,
+        **config,
+    }, {KEY: tokens}
 
 
 def _prompt_config(delta: Delta, bound: Mapping[str, Site], backbone: Backbone) -> tuple[dict[str, Any], str]:

@@ -20,7 +20,7 @@ from deltatune.backbone.weights import read_weight
 from deltatune.delta.assemble import Member, Part, assembled, members_of
 from deltatune.delta.delta import Delta
 from deltatune.delta.exchange.places import Naming, named, same_modules, shortest, site_less, targets
-from deltatune.delta.exchange.thin import PREFIX, read_lora, whole, without_own_weights, write_lora
+from deltatune.delta.exchange.thin import PREFIX, by_pattern, read_lora, whole, without_own_weights, write_lora
 from deltatune.delta.method import members
 from deltatune.errors import DeltaFileError, UserError
 
@@ -70,7 +70,7 @@ def _table_lora(
             f"which has no counterpart here"
         )
     r, alpha = (
-        next((v for key, v in (config.get(patterns) or {}).items() if re.match(rf"(.*\.)?({key})$", path)), config[own])
+        by_pattern(config.get(patterns), path, config[own])
         for patterns, own in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
     made: dict[str, Tensor] = {}
@@ -124,7 +124,7 @@ def write_lora_and_tables(
     method = members(delta.spec)[int(address.split("/")[0])].model_dump()
     r, alpha = method["r"], whole(round(method["alpha"] / _scale(site, backbone), 9))
     layer = delta.layers[address]
-    own = {PREFIX + site.exit + A: layer.get_parameter("A"), PREFIX + site.exit + B: layer.get_parameter("B")}
+    own: dict[str, Tensor] = {PREFIX + site.exit + end: layer.get_parameter(end[-1]) for end in (A, B)}
     if not beside:
         alone = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "lora_dropout": method["dropout"], "bias": "none"}
         return {**alone, "target_modules": shortest([site.exit], backbone)}, own
@@ -178,7 +178,9 @@ def _rows(tokens: list[int], paths: Mapping[str, Tensor], backbone: Backbone, wh
     if backbone.kind == "encoder-decoder":
         raise DeltaFileError(f"{where} holds trained rows, which cannot be read onto {backbone.name!r}: {TWO_TABLES}")
     if len(set(tokens)) != len(tokens) or not all(0 <= token < backbone.embeddings.num_embeddings for token in tokens):
-        raise DeltaFileError(f"{where} names tokens {tokens}: expected each once, below {backbone.embeddings.num_embeddings}")
+        raise DeltaFileError(
+            f"{where} names tokens {tokens}: expected each once, below {backbone.embeddings.num_embeddings}"
+        )
     places = {s.exit: s for s in backbone.anatomy.sites if s.words or s.name == "lm_head"}
     parts: list[Part] = []
     for path, rows in paths.items():
@@ -210,7 +212,7 @@ def write_tokens(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return config and tensors of trained rows, rounded to the table's own dtype as PEFT's are.
 
-    UserError for two sets of them, and where PEFT would let a head that shares the table learn with it and ours does not.
+    UserError for two sets of them, and where PEFT's head learns with the table that it shares and ours does not.
     """
     tokens, rows = _written(delta, bound, backbone)
     # A head that shares the table is not selected: it learns with it unasked.

@@ -17,10 +17,10 @@ class PTuning(Method):
     """Put n vectors that a small network makes of n trained ones among the input's embeddings.
 
     E(x) <- [W3 relu(W2 relu(W1 P + b1) + b2) + b3; E(x)] with P [n, d], W1 [m, d], W2 [m, m], W3 [d, m]; BERT-likes get
-    them after their first token. Parameters: n d + 2 d m + m m + 2 m + d. At inference every row is n tokens longer, the
-    network's output is all that counts, and it cannot be merged. Start: P normal, the network's weights uniform; not the
-    identity. The network couples the tokens, which learn slowly by themselves. Source: Liu et al. 2021, GPT Understands,
-    Too, arXiv:2103.10385; there an LSTM stands before it, and some of the tokens inside the text.
+    them after their first token. Parameters: n d + 2 d m + m m + 2 m + d. At inference every row is n tokens longer,
+    the network's output is all that counts, and it cannot be merged. Start: P normal, the network's weights uniform;
+    not the identity. The network couples the tokens, which learn slowly by themselves. Source: Liu et al. 2021, GPT
+    Understands, Too, arXiv:2103.10385; there an LSTM stands before it, and some of the tokens inside the text.
     """
 
     family: ClassVar[Family] = "addition"

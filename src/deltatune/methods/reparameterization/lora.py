@@ -19,7 +19,8 @@ class LoRA(Method):
 
     y = W x + (alpha / r) B A x, with A [r, d_in] and B [d_out, r]. Parameters: r (d_in + d_out) a site. At inference it
     can be merged and then costs nothing. Start: A Kaiming-uniform, B zero (the identity). At `embed` x is one-hot: A
-    [r, tokens] starts at zero, B normal, and no dropout acts. It cannot change a norm or an activation. Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
+    [r, tokens] starts at zero, B normal, and no dropout acts. It cannot change a norm or an activation. Source: Hu et
+    al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
     """
 
     family: ClassVar[Family] = "reparameterization"
