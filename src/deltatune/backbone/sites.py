@@ -73,9 +73,9 @@ class Site:
     run time; "parts": each row's windows or tokens, row after row; "none": of a second call of the module in the same
     block, on a table that all rows share. `bias` says whether the exit module has a bias of its own. `call` is for a
     block that serves as several: the site is its run of this number, out of `calls` in a forward. `inside` is for what
-    a module computes in no module of its own, as a mixture computes its experts. `words` is for a table of tokens
-    alone: how many it has; its entry is their ids, and d_in is what comes out. `shapes` is for the site `weights`
-    alone: the canonical key and shape of every parameter of the trunk.
+    a module computes in no module of its own, as a mixture computes its experts. `words` and `scale` are for a table of
+    tokens alone: how many it has, and what it multiplies its rows by; its entry is their ids, and d_in is what comes
+    out. `shapes` is for the site `weights` alone: the canonical key and shape of every parameter of the trunk.
     """
 
     name: str
@@ -93,6 +93,7 @@ class Site:
     calls: int = 1
     inside: bool = False
     words: int = 0
+    scale: float = 1.0
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property

@@ -1,11 +1,12 @@
 """What stands at tables of tokens in PEFT's format: a LoRA's `lora_embedding_A` and `_B`, and trained rows.
 
 PEFT saves the rows themselves, ours are changes of the backbone's own; what is read is kept in float64 where float32
-would not give the file's values back. A table may multiply its rows by a number; PEFT's act before it, ours behind.
+would not give the file's values back.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltatune.backbone.gains import scale_and_offset
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site, numbers
 from deltatune.backbone.weights import read_weight
@@ -76,7 +76,7 @@ def _table_lora(
     made: dict[str, Tensor] = {}
     for name, end, shape in (("A", A, (r, site.words)), ("B", B, (site.d_out, r))):
         made[name] = _shaped(tensors.get(PREFIX + path + end), shape, PREFIX + path + end, where)
-    alpha *= _scale(site, backbone) * (r**0.5 if config.get("use_rslora") else 1)
+    alpha *= math.sqrt(r) if config.get("use_rslora") else 1
     fields = {"r": r, "alpha": float(alpha), "dropout": config.get("lora_dropout") or 0.0}
     (member,) = members_of("lora", fields, [Part(site, made)], backbone)
     return member
@@ -100,11 +100,6 @@ def _shaped(tensor: Tensor | None, shape: tuple[int, ...], key: str, where: str)
     return tensor
 
 
-def _scale(site: Site, backbone: Backbone) -> float:
-    """By what the rows of a table are multiplied; 1 at a head."""
-    return scale_and_offset(backbone.module.get_submodule(site.exit))[0]
-
-
 def _shares(backbone: Backbone) -> bool:
     """Whether the language-model head has the weight of the table."""
     return backbone.output is not None and backbone.output.weight is backbone.embeddings.weight
@@ -122,7 +117,7 @@ def write_lora_and_tables(
         raise UserError(f"{delta.name!r} has several LoRAs at a table; PEFT has one a table")
     ((address, site),) = at_table.items()
     method = members(delta.spec)[int(address.split("/")[0])].model_dump()
-    r, alpha = method["r"], whole(round(method["alpha"] / _scale(site, backbone), 9))
+    r, alpha = method["r"], whole(method["alpha"])
     layer = delta.layers[address]
     own: dict[str, Tensor] = {PREFIX + site.exit + end: layer.get_parameter(end[-1]) for end in (A, B)}
     if not beside:
@@ -143,6 +138,7 @@ def read_tokens(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone, where: str
 ) -> list[Member]:
     """Make the member of a file of trained rows. DeltaFileError for rows of anything but the table and its head."""
+    _refuse_two(backbone, where)
     paths = {key.removeprefix(PREFIX).removesuffix(ROWS): tensor for key, tensor in tensors.items()}
     wrong = next((key for key in tensors if not key.startswith(PREFIX) or not key.endswith(ROWS)), None)
     if wrong or not paths:
@@ -155,8 +151,14 @@ def read_tokens(
     return [_rows(config["token_indices"], paths, backbone, where)]
 
 
+def _refuse_two(backbone: Backbone, where: str) -> None:
+    if backbone.kind == "encoder-decoder":
+        raise DeltaFileError(f"{where} holds trained rows, which cannot be read onto {backbone.name!r}: {TWO_TABLES}")
+
+
 def _beside(indices: Any, rows: Mapping[str, Tensor], backbone: Backbone, where: str) -> Member:
     """The trained rows in a LoRA's file: one list for the table, or one for each module that is named."""
+    _refuse_two(backbone, where)
     paths = {key.removeprefix(PREFIX).removesuffix(BESIDE + ROWS): tensor for key, tensor in rows.items()}
     if not isinstance(indices, dict):
         indices = dict.fromkeys(paths, indices)
@@ -175,8 +177,6 @@ def _beside(indices: Any, rows: Mapping[str, Tensor], backbone: Backbone, where:
 
 def _rows(tokens: list[int], paths: Mapping[str, Tensor], backbone: Backbone, where: str) -> Member:
     naming = Naming(backbone, paths)
-    if backbone.kind == "encoder-decoder":
-        raise DeltaFileError(f"{where} holds trained rows, which cannot be read onto {backbone.name!r}: {TWO_TABLES}")
     if len(set(tokens)) != len(tokens) or not all(0 <= token < backbone.embeddings.num_embeddings for token in tokens):
         raise DeltaFileError(
             f"{where} names tokens {tokens}: expected each once, below {backbone.embeddings.num_embeddings}"
@@ -200,11 +200,11 @@ def _own_rows(tokens: list[int], site: Site, backbone: Backbone) -> Tensor:
 
 
 def _change(rows: Tensor, tokens: list[int], site: Site, backbone: Backbone) -> Tensor:
-    """What makes the rows of the backbone's own, behind the table's scale."""
-    own, scale = _own_rows(tokens, site, backbone), _scale(site, backbone)
-    change = (rows.double() - own.double()) * scale
+    """What makes the rows of the backbone's own."""
+    own = _own_rows(tokens, site, backbone).double()
+    change = rows.double() - own
     single = change.float()
-    return single if torch.equal((own.double() + single.double() / scale).to(rows.dtype), rows) else change
+    return single if torch.equal((own + single.double()).to(rows.dtype), rows) else change
 
 
 def write_tokens(
@@ -265,5 +265,5 @@ def _written(delta: Delta, bound: Mapping[str, Site], backbone: Backbone) -> tup
     rows: dict[Site, Tensor] = {}
     for address, site in bound.items():
         own, change = _own_rows(tokens, site, backbone), delta.layers[address].get_parameter("change").detach().cpu()
-        rows[site] = (own.double() + change.double() / _scale(site, backbone)).to(own.dtype)
+        rows[site] = (own.double() + change.double()).to(own.dtype)
     return tokens, rows

@@ -70,10 +70,14 @@ class LoRATableLayer(LoRALayer):
 
     def __init__(self, site: Site, r: int, scale: float, generator: torch.Generator) -> None:
         super().__init__(site, r, scale, 0.0, generator)
+        self.times = site.scale
         self.A = constant((r, site.words), 0.0)
         self.B = normal((site.d_out, r), 1.0, generator)
+
+    def static(self) -> tuple[Any, ...]:
+        return (self.scale, self.times)
 
     def forward(self, p: Params, x: Tensor | None, h: Tensor) -> Tensor:
         assert x is not None
         rows = p.A.mT.take_along_dim(x, dim=1)
-        return torch.baddbmm(h, rows, p.B.mT, alpha=self.scale)
+        return torch.baddbmm(h, rows, p.B.mT, alpha=self.scale * self.times)
