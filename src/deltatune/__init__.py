@@ -22,6 +22,7 @@ _LAZY: dict[str, str] = {
     "LNTuning": "deltatune.methods.specification.lntuning",
     "LoRA": "deltatune.methods.reparameterization.lora",
     "OFT": "deltatune.methods.reparameterization.oft",
+    "PTuning": "deltatune.methods.addition.ptuning",
     "ParallelAdapter": "deltatune.methods.addition.parallel_adapter",
     "Prefix": "deltatune.methods.addition.prefix",
     "Prompt": "deltatune.methods.addition.prompt",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from deltatune.methods.addition.parallel_adapter import ParallelAdapter as ParallelAdapter
     from deltatune.methods.addition.prefix import Prefix as Prefix
     from deltatune.methods.addition.prompt import Prompt as Prompt
+    from deltatune.methods.addition.ptuning import PTuning as PTuning
     from deltatune.methods.baseline.full import Full as Full
     from deltatune.methods.baseline.head import Head as Head
     from deltatune.methods.reparameterization.dora import DoRA as DoRA

@@ -93,6 +93,24 @@ def test_a_tied_weight_is_refused_for_one_place_and_stays_tied_for_the_whole() -
     assert on.module.lm_head.weight is on.module.transformer.wte.weight
 
 
+def test_a_table_and_the_head_that_shares_it_are_merged_where_both_change_alike() -> None:
+    on = backbone("gpt2", torch.float64)
+    bare = said(on.module, on)
+    one = delta("trainabletokens(tokens='4:', at='embed lm_head', tie='change')", on)
+    with Adapted(on, [one]) as adapted:
+        wanted = said(adapted, on)
+    merged = merge(on, one)
+    assert on.module.lm_head.weight is on.module.transformer.wte.weight
+    assert len(merged.changes) == 1
+    torch.testing.assert_close(said(on.module, on), wanted, rtol=1e-9, atol=1e-9)
+    merged.unmerge()
+    assert on.module.lm_head.weight is on.module.transformer.wte.weight
+    assert torch.equal(said(on.module, on), bare)
+    for text in ("trainabletokens(at='embed')", "trainabletokens(at='embed lm_head')"):
+        with pytest.raises(SiteError, match=r"the weight at decoder.embed is also .*, which would change with it"):
+            merge(on, delta(text, on))
+
+
 @pytest.mark.parametrize("text", ["adapter(m=4)", "prefix(n=2)", "prompt(n=2)", "lora | parallel_adapter(m=4)"])
 def test_what_is_no_change_of_weights_is_refused_and_nothing_is_written(text: str) -> None:
     on = backbone()

@@ -81,6 +81,14 @@ LORAS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", dict(target_modules="all-linear")),
     ("llama", dict(target_modules="all-linear", lora_dropout=0.1)),
     ("llama", dict(target_modules=["q_proj", "lm_head"])),
+    ("bert", dict(target_modules=["query", "word_embeddings"])),
+    ("bert", dict(target_modules=["word_embeddings"], use_rslora=True, lora_dropout=0.1)),
+    ("gpt2", dict(target_modules=["c_attn", "wte"], fan_in_fan_out=True, alpha_pattern={"wte": 3}, rank_pattern={"wte": 2})),
+    ("llama", dict(target_modules=["q_proj", "embed_tokens", "lm_head"], lora_dropout=0.1)),
+    ("llama", dict(target_modules=r".*(embed_tokens|q_proj)")),
+    ("bert", dict(target_modules=["query"], trainable_token_indices=[7, 3, 20])),
+    ("gpt2", dict(target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices={"wte": [7, 3, 20]})),
+    ("llama", dict(target_modules=["q_proj"], trainable_token_indices=[7, 3, 20])),
     ("llama", dict(target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")),
     ("t5", dict(target_modules=["q", "v", "wo"])),
     ("t5", dict(target_modules=r"decoder.*EncDecAttention\.(q|k)")),
@@ -204,11 +212,45 @@ def test_prompt_of_peft_computes_the_same_here(tmp_path: Path, family: str) -> N
     back(delta, tmp_path, family, backbone)
 
 
+@pytest.mark.parametrize("kind", ["MLP", "LSTM"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_p_tuning_of_peft_computes_the_same_here(tmp_path: Path, family: str, kind: str) -> None:
+    """What its network made is all that the file holds: it comes back as a prompt."""
+    config = peft.PromptEncoderConfig(
+        task_type=TASK[family], num_virtual_tokens=3, num_transformer_submodules=1, encoder_hidden_size=8,
+        encoder_reparameterization_type=kind,
+    )  # fmt: skip
+    theirs = theirs_in(tmp_path / "theirs", family, config)
+    backbone = Backbone(tiny(family))
+    delta = Delta.load(str(tmp_path / "theirs"), backbone)
+    assert str(delta.spec) == "prompt(n=3)"
+    same(delta, theirs, family, backbone)
+    back(delta, tmp_path, family, backbone)
+
+
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
 def test_prefix_of_peft_computes_the_same_here(tmp_path: Path, family: str, projected: bool) -> None:
     task = TASK.get(family, "FEATURE_EXTRACTION")
     config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3, prefix_projection=projected)
+    theirs = theirs_in(tmp_path / "theirs", family, config)
+    backbone = Backbone(tiny(family))
+    delta = Delta.load(str(tmp_path / "theirs"), backbone)
+    same(delta, theirs, family, backbone)
+    back(delta, tmp_path, family, backbone)
+
+
+TOKENS: list[tuple[str, dict[str, Any]]] = [
+    ("bert", {}),
+    ("gpt2", {}),  # its head shares the table
+    ("llama", {}),
+    ("llama", dict(target_modules=["embed_tokens", "lm_head"])),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), TOKENS)
+def test_trained_tokens_of_peft_compute_the_same_here(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    config = peft.TrainableTokensConfig(task_type=TASK.get(family), token_indices=list(range(60, 20, -1)), **options)
     theirs = theirs_in(tmp_path / "theirs", family, config)
     backbone = Backbone(tiny(family))
     delta = Delta.load(str(tmp_path / "theirs"), backbone)
@@ -253,10 +295,18 @@ OURS = [
     *((family, "vera(r=6)") for family in ("bert", "llama", "t5")),
     ("gpt2", "vera(r=6, key=2, at='attn.v ffn.{up,down}')"),
     ("llama", "vera(r=6, at='attn.{q,o} ffn.down', blocks='-1')"),
+    *((family, "lora(r=4, at='attn.q embed')") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
+    ("bert", "lora(r=2, at='embed') | lora(r=3, alpha=5, at='attn.q', dropout=0.0)"),
+    *((family, "trainabletokens(tokens='90:,5,3:50')") for family in ("bert", "roberta", "distilbert", "llama")),
+    ("gpt2", "trainabletokens(tokens='5:', at='embed lm_head', tie='change')"),
+    ("llama", "trainabletokens(tokens='5:', at='embed lm_head')"),
+    ("bert", "lora(r=2) | trainabletokens(tokens='5:')"),
+    ("gpt2", "trainabletokens(at='embed lm_head', tie='change') | lora(r=2)"),
     *((family, "ia3") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
     ("gpt2", "ia3(at='attn.k')"),
     *((family, "lntuning") for family in ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")),
     ("gpt2", "lntuning(at='norm.{attn,final}')"),
+    *((family, "ptuning(n=3, m=8)") for family in ("gpt2", "llama", "t5")),
     *((family, "prompt(n=3)") for family in ("gpt2", "llama", "t5")),
     *((family, "prefix(n=3, shift=True)") for family in ("bert", "roberta", "gpt2", "llama")),
 ]

@@ -15,13 +15,14 @@ from tests.backbone.families import FAMILIES as ALL
 from tests.backbone.families import build, inputs, kind
 from tests.laws.subjects import METHODS, SPECS, exemptions
 
+from deltatune.backbone.gains import has_gain
 from deltatune.backbone.load import Backbone
 from deltatune.delta.delta import Delta
 from deltatune.errors import RoutingError, SiteError
 from deltatune.laws import LAWS, Subject
 from deltatune.laws.families import FAMILIES as UNDER_ALL_LAWS
 from deltatune.laws.rows import trained_together_is_trained_alone
-from deltatune.laws.subject import alone_only, takes_prefix
+from deltatune.laws.subject import alone_only
 
 FIFTY_STEPS = "trained_together_is_trained_alone"
 # Each row alone or padded, their own outputs differ, with no delta anywhere: rows of one length there.
@@ -45,7 +46,14 @@ def backbone(family: str) -> Backbone:
 @cache
 def stands(method: str, family: str) -> bool:
     """Whether the method has a place."""
-    return ("prefix" not in method or family not in NO_PREFIX) and (method != "prompt" or family not in NO_PROMPT)
+    if method == "lntuning":  # OLMo's norms have no weights
+        norms = [site.exit for site in backbone(family).anatomy.sites if site.name in ("norm.attn", "norm.ffn")]
+        return any(has_gain(backbone(family).module.get_submodule(path)) for path in norms)
+    if method == "trainabletokens":
+        return any(site.words for site in backbone(family).anatomy.sites)
+    if method in ("prompt", "ptuning"):
+        return family not in NO_PROMPT
+    return "prefix" not in method or family not in NO_PREFIX
 
 
 @cache

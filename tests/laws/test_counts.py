@@ -58,6 +58,7 @@ FORMULAS: dict[str, Callable[[str], int]] = {
     "ia3": lambda f: 2 * STACKS.get(f, 1) * (2 * KV.get(f, D) + F),
     "prefix": lambda f: attentions(f) * 2 * 16 * KV.get(f, D),
     "prompt": lambda f: 20 * D,
+    "ptuning": lambda f: 20 * D + 2 * D * 128 + 128 * 128 + 2 * 128 + D,
     "full": full,
     "head": lambda f: 0,
     "lora": lambda f: 2 * STACKS.get(f, 1) * 8 * ((D + D) + (D + KV.get(f, D))),

@@ -21,11 +21,13 @@ from deltatune.laws.subject import moved
 from deltatune.methods.addition.ia3 import IA3
 from deltatune.methods.addition.prefix import Prefix
 from deltatune.methods.addition.prompt import Prompt
+from deltatune.methods.addition.ptuning import PTuning
 from deltatune.methods.reparameterization.dora import DoRA
 from deltatune.methods.reparameterization.lora import LoRA
 from deltatune.methods.reparameterization.oft import OFT
 from deltatune.methods.reparameterization.vera import VeRA
 from deltatune.methods.specification.lntuning import LNTuning
+from deltatune.methods.specification.trainabletokens import TrainableTokens
 
 LINEARS = {
     "bert": {"attn.q": "query", "attn.k": "key", "attn.v": "value", "ffn.up": "intermediate.dense", "ffn.down":
@@ -54,7 +56,7 @@ def compared(
         copy()
     batch = inputs(family)
     mask = batch["attention_mask"].bool()
-    prompted = isinstance(ours.bank["ours"].spec, Prompt)
+    prompted = ours.bank.has_tokens
     ours.bank.train(False)
     theirs.eval()
     first = ours(**batch, **more)[0]
@@ -296,6 +298,40 @@ def test_ia3_on_gpt2() -> None:
     compared(ours, theirs, "gpt2", copy, lambda: [(grad(la.scale), gradient(s)) for s, la in each(ours)])
 
 
+@pytest.mark.parametrize(("family", "table"), [("bert", "word_embeddings"), ("gpt2", "wte"), ("llama", "embed_tokens")])
+def test_lora_at_a_table(family: str, table: str) -> None:
+    ours = attached(LoRA(r=3, alpha=7.0, at="embed"), family)
+    theirs = peft.get_peft_model(tiny(family), peft.LoraConfig(r=3, lora_alpha=7, target_modules=[table]))
+    ((site, layer),) = each(ours)
+    module = theirs.get_submodule(f"base_model.model.{site.exit}")
+    A, B = module.lora_embedding_A["default"], module.lora_embedding_B["default"]
+
+    def copy() -> None:
+        A.copy_(layer.A)
+        B.copy_(layer.B)
+
+    compared(ours, theirs, family, copy, lambda: [(grad(layer.A), grad(A)), (grad(layer.B), grad(B))])
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_trainable_tokens(family: str) -> None:
+    """In GPT-2 the head shares the table, and learns with it on both sides."""
+    where = {"at": "embed lm_head", "tie": "change"} if family == "gpt2" else {}
+    tokens = [7, 3, *range(20, 90)]
+    ours = attached(TrainableTokens(tokens=",".join(map(str, tokens)), **where), family)
+    theirs = peft.get_peft_model(tiny(family), peft.TrainableTokensConfig(token_indices=tokens))
+    site, layer = next((site, layer) for site, layer in each(ours) if site.words)
+    module = theirs.get_submodule(f"base_model.model.{site.exit}")
+    rows = module.trainable_tokens_delta["default"]
+
+    def copy() -> None:
+        rows.copy_(module.base_layer.weight[tokens] + layer.change)
+
+    compared(ours, theirs, family, copy, lambda: [(grad(layer.change), grad(rows))])
+    assert rows.numel() == ours.bank["ours"].trainable()
+
+
 @pytest.mark.parametrize(
     ("family", "targets"),
     [
@@ -344,6 +380,25 @@ def test_prompt(family: str) -> None:
     table = theirs.prompt_encoder["default"].embedding.weight
     prompt = each(ours)[0][1].get_parameter("prompt")
     compared(ours, theirs, family, lambda: table.copy_(prompt), lambda: [(grad(prompt), grad(table))])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_p_tuning(family: str) -> None:
+    ours = attached(PTuning(n=4, m=8), family)
+    config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8)
+    theirs = peft.get_peft_model(tiny(family), config)
+    encoder, layer = theirs.prompt_encoder["default"], each(ours)[0][1]
+    linears = [module for module in encoder.mlp_head if isinstance(module, nn.Linear)]
+    pairs = [(layer.prompt, encoder.embedding.weight)]
+    for i, linear in enumerate(linears, 1):
+        pairs += [(layer.get_parameter(f"W{i}"), linear.weight), (layer.get_parameter(f"b{i}"), linear.bias)]
+
+    def copy() -> None:
+        for own, other in pairs:
+            other.copy_(own)
+
+    compared(ours, theirs, family, copy, lambda: [(grad(own), grad(other)) for own, other in pairs])
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == ours.bank["ours"].trainable()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

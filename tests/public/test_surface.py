@@ -18,6 +18,7 @@ SURFACE = [
     "LNTuning",
     "LoRA",
     "OFT",
+    "PTuning",
     "ParallelAdapter",
     "Prefix",
     "Prompt",

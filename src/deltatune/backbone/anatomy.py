@@ -171,8 +171,8 @@ def _global_sites(
     paths = {id(module): path for path, module in model.named_modules()}
     first = next(name for name in ("text", "encoder", "decoder", *stacks) if name in stacks)
 
-    def add(name: str, stack: str, path: str, d_in: int, d_out: int, bias: bool = False, words: int = 0) -> None:
-        site = Site(name, stack, None, path, path, d_in, d_out, bias=bias, words=words)
+    def add(name: str, stack: str, path: str, d_in: int, d_out: int, **facts: Any) -> None:
+        site = Site(name, stack, None, path, path, d_in, d_out, **facts)
         sites.setdefault(site.key, site)
 
     # Of an encoder-decoder take the encoder's own module: the shared one may hold the table and never be called.
@@ -180,7 +180,8 @@ def _global_sites(
     for owner, stack in ((trunk.get_encoder(), first), (trunk.get_decoder(), "decoder")) if two else ((trunk, first),):
         embed = input_table(owner)
         if embed is not None:
-            add("embed", stack, paths[id(embed)], embed.embedding_dim, embed.embedding_dim, words=embed.num_embeddings)
+            width, scale = embed.embedding_dim, float(getattr(embed, "embed_scale", 1.0))
+            add("embed", stack, paths[id(embed)], width, width, words=embed.num_embeddings, scale=scale)
             break
     inside = tuple(f"{block.path}." for blocks in stacks.values() for block in blocks)
     for path, module in trunk.named_modules(prefix=trunk_path):
@@ -195,19 +196,19 @@ def _global_sites(
         if BESIDE.search(path.removeprefix(trunk_path)):
             continue
         if EMBEDDING_NORM.search(path.lower()):
-            add("norm.embed", stack, path, width, width, bias)
+            add("norm.embed", stack, path, width, width, bias=bias)
         elif not any(path.rpartition(".")[0] in ("", *_above(blocks[0].path)) for blocks in stacks.values()):
             continue  # between two groups of blocks
         elif FINAL_NORM.search(path):
-            add("norm.final", stack, path, width, width, bias)
+            add("norm.final", stack, path, width, width, bias=bias)
         elif PLAIN_NORM.search(path):
             before = _stands_before(model, path, stacks[stack][0].path)
-            add("norm.embed" if before else "norm.final", stack, path, width, width, bias)
+            add("norm.embed" if before else "norm.final", stack, path, width, width, bias=bias)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     shape = linear_shape(head) if head is not None else None
     if head is not None and shape:
         last = "decoder" if "decoder" in stacks else first
-        add("lm_head", last, paths[id(head)], *shape, getattr(head, "bias", None) is not None)
+        add("lm_head", last, paths[id(head)], *shape, bias=getattr(head, "bias", None) is not None)
     return list(sites.values())
 
 

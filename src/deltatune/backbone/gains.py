@@ -1,4 +1,4 @@
-"""What a module makes of its weight: some norms multiply by 1 + weight, some tables by a number of their own."""
+"""What a norm makes of its weight: some multiply by it, some by 1 + weight."""
 
 from __future__ import annotations
 
@@ -18,18 +18,13 @@ def has_gain(module: nn.Module) -> bool:
     return is_norm(module) and isinstance(getattr(module, "weight", None), Tensor)
 
 
-def scale_and_offset(module: nn.Module) -> tuple[float, float]:
-    """Return (a, b) such that a module computes with a * weight + b: (1, 1) for Gemma's norms, (1, 0) for a linear.
+def offset_of(norm: Any) -> float:
+    """Return what a module adds to its weight before it multiplies by it: 1 in Gemma's norms, 0 elsewhere.
 
-    What a norm does is found out by its behaviour: the weight's values do not say it, and names differ.
+    It is found out by the behaviour of the norm, with or without a mean taken off: names and values do not say it.
     """
-    if isinstance(module, nn.Embedding):
-        return float(getattr(module, "embed_scale", 1.0)), 0.0
-    return 1.0, _offset(module) if has_gain(module) else 0.0
-
-
-def _offset(norm: Any) -> float:
-    """What a norm, with or without a mean taken off, adds to its weight: 0 or 1, whichever comes closer."""
+    if not has_gain(norm):
+        return 0.0
     draw = torch.Generator().manual_seed(0)
     x = FAR * torch.randn(1, len(norm.weight), generator=draw, dtype=torch.float64)
     with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.backbone.blocks import is_norm, linear_shape
-from deltatune.backbone.gains import scale_and_offset
+from deltatune.backbone.gains import offset_of
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site
 from deltatune.backbone.weights import offloaded, quantised
@@ -162,8 +162,8 @@ def _folded(
         before = (module.weight.detach().T if turned else module.weight.detach()).to(on).to(dtype)
         own = getattr(module, "bias", None)
         bias_before = None if own is None else own.detach().to(on).to(dtype)
-        scale, offset = scale_and_offset(module)
-        effective = before * scale + offset
+        offset = offset_of(module)
+        effective = before + offset
         weight, bias = effective.clone(), None if bias_before is None else bias_before.clone()
         for site, layer in layers:
             rows = torch.arange(len(weight), device=weight.device)
@@ -182,7 +182,7 @@ def _folded(
                     bias = torch.zeros(len(weight), dtype=dtype, device=weight.device)
                 bias[rows] = part_bias
         here = tuple(dict.fromkeys(site for site, _ in layers))
-        after = before if torch.equal(weight, effective) else (weight - offset) / scale
+        after = before if torch.equal(weight, effective) else weight - offset
         made.append(Folded(path, module, turned, here, before, after, bias_before, bias))
     _check_shared(backbone, delta, made)
     return made

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.backbone.gains import has_gain, scale_and_offset
+from deltatune.backbone.gains import has_gain, offset_of
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site
 from deltatune.delta.assemble import Member, Part, members_of
@@ -55,7 +55,7 @@ def read_ln(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: 
 
 def _apart(norm: nn.Module, theirs: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
     """What makes a norm of the backbone's: gain and, where it has one, bias."""
-    offset = scale_and_offset(norm)[1]
+    offset = offset_of(norm)
     own, wanted = (_wide(norm.get_parameter("weight")) + offset, _wide(theirs["weight"]) + offset)
     if bool(((own == 0) & (wanted != 0)).any()):
         raise DeltaFileError(f"{what} moves a gain that is zero in this backbone; ours is a factor, which cannot")
@@ -70,7 +70,7 @@ def _apart(norm: nn.Module, theirs: Mapping[str, Tensor], what: str) -> dict[str
 
 def _whole(norm: nn.Module, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The norm's own parameters with a delta in them, in their own dtype."""
-    offset, weight = scale_and_offset(norm)[1], norm.get_parameter("weight")
+    offset, weight = offset_of(norm), norm.get_parameter("weight")
     factor = 1 + _wide(made["gain"])
     whole = {"weight": ((_wide(weight) + offset) * factor - offset).to(weight.dtype)}
     if "bias" in made:

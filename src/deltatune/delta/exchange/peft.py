@@ -22,12 +22,25 @@ from deltatune.backbone.sites import Site
 from deltatune.delta.assemble import Member, assembled
 from deltatune.delta.attach import check_fits
 from deltatune.delta.delta import Delta
-from deltatune.delta.exchange.dora import read_lora_or_dora, write_dora
+from deltatune.delta.exchange.dora import write_dora
 from deltatune.delta.exchange.norms import read_ln, write_ln
 from deltatune.delta.exchange.oft import read_oft, write_oft
 from deltatune.delta.exchange.places import Naming
-from deltatune.delta.exchange.sequences import read_prefix, read_prompt, write_prefix, write_prompt
-from deltatune.delta.exchange.thin import PREFIX, read_ia3, write_ia3, write_lora
+from deltatune.delta.exchange.sequences import (
+    read_prefix,
+    read_prompt,
+    write_p_tuning,
+    write_prefix,
+    write_prompt,
+)
+from deltatune.delta.exchange.tables import (
+    read_lora_and_tables,
+    read_tokens,
+    write_lora_and_tables,
+    write_lora_beside_tokens,
+    write_tokens,
+)
+from deltatune.delta.exchange.thin import PREFIX, read_ia3, write_ia3
 from deltatune.delta.exchange.vera import read_vera, write_vera
 from deltatune.delta.files import whole_folder
 from deltatune.delta.method import members
@@ -39,12 +52,13 @@ TASK = {"plain": None, "encoder": "FEATURE_EXTRACTION", "decoder": "CAUSAL_LM", 
 Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], Backbone, str], list[Member]]
 Writer = Callable[[Delta, Mapping[str, Site], Backbone], tuple[dict[str, Any], dict[str, Tensor]]]
 READERS: dict[str, Reader] = {
-    "LORA": read_lora_or_dora, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix,
-    "OFT": read_oft, "LN_TUNING": read_ln, "VERA": read_vera,
+    "LORA": read_lora_and_tables, "IA3": read_ia3, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix,
+    "OFT": read_oft, "LN_TUNING": read_ln, "VERA": read_vera, "P_TUNING": read_prompt, "TRAINABLE_TOKENS": read_tokens,
 }  # fmt: skip
 WRITERS: dict[str, Writer] = {
-    "lora": write_lora, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix, "dora": write_dora,
-    "oft": write_oft, "lntuning": write_ln, "vera": write_vera,
+    "lora": write_lora_and_tables, "ia3": write_ia3, "prompt": write_prompt, "prefix": write_prefix,
+    "dora": write_dora, "oft": write_oft, "lntuning": write_ln, "vera": write_vera, "ptuning": write_p_tuning,
+    "trainabletokens": write_tokens, "lora | trainabletokens": write_lora_beside_tokens,
 }  # fmt: skip
 
 # Options that the readers act on, or that say nothing about what is computed; any other must be unset.
@@ -58,6 +72,8 @@ KNOWN = {
     "use_dora",
     "projection_prng_key", "save_projection", "vera_dropout", "d_initial",
     "oft_block_size", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms", "eps",
+    "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout",
+    "token_indices", "trainable_token_indices",
     "init_weights", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
 }  # fmt: skip
 WORDS = {
@@ -66,7 +82,6 @@ WORDS = {
     "loftq_config": "LoftQ: it belongs to weights that it quantised itself",
     "layer_replication": "blocks that the backbone has not",
     "target_parameters": "a LoRA on parameters that are no linear, as experts are",
-    "trainable_token_indices": "trained rows of the table of embeddings",
     "lora_bias": "biases of the LoRA itself",
     "alora_invocation_tokens": "aLoRA: it acts from certain tokens on",
 }
@@ -184,9 +199,10 @@ def export(delta: Delta, backbone: Backbone) -> PeftFolder:
     for name in names:
         if name not in WRITERS:
             raise UnknownName("method of PEFT", name, WRITERS, f"{delta.name!r} cannot be exported")
-    if len(names) > 1:
+    kind = " | ".join(sorted(names))
+    if kind not in WRITERS:
         raise UserError(f"PEFT holds one method a folder; {delta.name!r} is a composition of {', '.join(names)}")
-    config, tensors = WRITERS[names[0]](delta, bound, backbone)
+    config, tensors = WRITERS[kind](delta, bound, backbone)
     base = EMBEDDED[backbone.name].hub if backbone.name in EMBEDDED else backbone.name
     common = {"base_model_name_or_path": base, "task_type": TASK[backbone.kind], "inference_mode": True}
     return PeftFolder(

@@ -1,4 +1,4 @@
-"""Prompt tuning and prefix tuning in PEFT's format: one tensor `prompt_embeddings`."""
+"""Prompt tuning, P-tuning and prefix tuning in PEFT's format: one tensor `prompt_embeddings`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deltatune.backbone.sites import Site
 from deltatune.delta.assemble import Member, Part
 from deltatune.delta.catalogue import find
 from deltatune.delta.delta import Delta
-from deltatune.delta.layer import Layer
+from deltatune.delta.layer import Layer, TokenLayer, own_params
 from deltatune.delta.method import members
 from deltatune.errors import DeltaFileError, UserError
 
@@ -65,7 +65,10 @@ def _facts(backbone: Backbone, length: int, site: Site) -> dict[str, Any]:
 def read_prompt(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone, where: str
 ) -> list[Member]:
-    """Make the member of a prompt file. DeltaFileError where PEFT puts it at another place than ours."""
+    """Make the member of a prompt file. DeltaFileError where PEFT puts it at another place than ours.
+
+    P-tuning's, too: what its network made is in the file, the network is not, so that it is a prompt from then on.
+    """
     if backbone.kind == "encoder":
         raise DeltaFileError(f"{where} holds a prompt for an encoder, {backbone.name!r}: {PROMPT_OF_ENCODER}")
     if backbone.kind == "encoder-decoder" and config.get("num_transformer_submodules") != 1:
@@ -82,12 +85,35 @@ def write_prompt(
     delta: Delta, bound: Mapping[str, Site], backbone: Backbone
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return config and tensors of a prompt. UserError where PEFT would put it at another place."""
+    config, address = _prompt_config(delta, bound, backbone)
+    config = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM", **config}
+    return config, {KEY: delta.layers[address].get_parameter("prompt")}
+
+
+def write_p_tuning(
+    delta: Delta, bound: Mapping[str, Site], backbone: Backbone
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return config and tensors of P-tuning: what its network makes, as PEFT keeps it. UserError as for a prompt."""
+    config, address = _prompt_config(delta, bound, backbone)
+    hidden = members(delta.spec)[0].model_dump()["m"]
+    layer = delta.layers[address]
+    assert isinstance(layer, TokenLayer)
+    tokens = layer.tokens(own_params(layer, layer.get_parameter("prompt").dtype))[0]
+    return {
+        "peft_type": "P_TUNING",
+        "encoder_reparameterization_type": "MLP",
+        "encoder_hidden_size": hidden,
+        **config,
+    }, {KEY: tokens}
+
+
+def _prompt_config(delta: Delta, bound: Mapping[str, Site], backbone: Backbone) -> tuple[dict[str, Any], str]:
+    """What PEFT's prompts have in common, and the address of the one layer."""
     length = _only(delta)
     if backbone.kind == "encoder":
         raise UserError(f"{delta.name!r} cannot go to PEFT: {PROMPT_OF_ENCODER}")
     ((address, site),) = bound.items()
-    config = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM", **_facts(backbone, length, site)}
-    return config, {KEY: delta.layers[address].get_parameter("prompt")}
+    return _facts(backbone, length, site), address
 
 
 # Prefixes

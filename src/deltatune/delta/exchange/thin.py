@@ -123,7 +123,7 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone
     for path, (module, sites) in placed_at(config, found, backbone, where).items():
         A, B = found[path]["A"], found[path]["B"]
         r, alpha = (
-            _pattern(config.get(patterns), path, config[name])
+            by_pattern(config.get(patterns), path, config[name])
             for patterns, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
         )
         d_in, d_out = widths(module, backbone)
@@ -156,7 +156,7 @@ def without_own_weights(tensors: Mapping[str, Tensor], backbone: Backbone, where
     return {key: tensor for key, tensor in tensors.items() if key not in copies}
 
 
-def _pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """PEFT's rule: the first key of the patterns that is the end of a path, as a regular expression."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", path):

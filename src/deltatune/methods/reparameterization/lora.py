@@ -19,7 +19,8 @@ class LoRA(Method):
 
     y = W x + (alpha / r) B A x, with A [r, d_in] and B [d_out, r]. Parameters: r (d_in + d_out) a site. At inference it
     can be merged and then costs nothing. Start: A Kaiming-uniform, B zero (the identity). At `embed` x is one-hot: A
-    [r, tokens] starts at zero, B normal, and no dropout acts. It cannot change a norm or an activation. Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
+    [r, tokens] starts at zero, B normal, and no dropout acts. It cannot change a norm or an activation. Source: Hu et
+    al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
     """
 
     family: ClassVar[Family] = "reparameterization"
@@ -69,10 +70,14 @@ class LoRATableLayer(LoRALayer):
 
     def __init__(self, site: Site, r: int, scale: float, generator: torch.Generator) -> None:
         super().__init__(site, r, scale, 0.0, generator)
+        self.times = site.scale
         self.A = constant((r, site.words), 0.0)
         self.B = normal((site.d_out, r), 1.0, generator)
+
+    def static(self) -> tuple[Any, ...]:
+        return (self.scale, self.times)
 
     def forward(self, p: Params, x: Tensor | None, h: Tensor) -> Tensor:
         assert x is not None
         rows = p.A.mT.take_along_dim(x, dim=1)
-        return torch.baddbmm(h, rows, p.B.mT, alpha=self.scale)
+        return torch.baddbmm(h, rows, p.B.mT, alpha=self.scale * self.times)

@@ -18,12 +18,12 @@ from deltatune.errors import SiteError
 class LNTuning(Method):
     """Change gain and bias of the blocks' norms.
 
-    The gain g of a norm becomes g (1 + c) and its bias b becomes b (1 + c) + e, which is h + c * h + e for its output h.
-    c and e are [d], e only where the norm has a bias (an RMSNorm has none). Parameters: d a norm without a bias, 2 d a
-    norm with one. At inference it can be merged and then costs nothing. Start: zero (the identity). A gain of zero it
-    cannot move, and a norm without a gain has nothing to train. `norm.{embed,final}` stand outside the blocks: name them
-    in `at`. Source: Qi et al. 2022, Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language Models,
-    arXiv:2211.08682; there g and b are trained themselves.
+    The gain g of a norm becomes g (1 + c) and its bias b becomes b (1 + c) + e, which is h + c * h + e for its output
+    h. c and e are [d], e only where the norm has a bias (an RMSNorm has none). Parameters: d a norm without a bias, 2 d
+    a norm with one. At inference it can be merged and then costs nothing. Start: zero (the identity). A gain of zero it
+    cannot move, and a norm without a gain has nothing to train. `norm.{embed,final}` stand outside the blocks: name
+    them in `at`. Source: Qi et al. 2022, Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language
+    Models, arXiv:2211.08682; there g and b are trained themselves.
     """
 
     family: ClassVar[Family] = "specification"

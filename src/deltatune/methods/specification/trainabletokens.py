@@ -33,14 +33,14 @@ class TrainableTokens(Method):
 
     def layer(self, site: Site, generator: torch.Generator) -> Layer:
         if site.words:
-            return RowsLayer(self.tokens, site.words, site.d_out)
+            return RowsLayer(self.tokens, site.words, site.d_out, site.scale)
         if site.name == "lm_head":
-            return ScoresLayer(self.tokens, site.d_out, site.d_in)
-        raise SiteError(f"trainable tokens are rows of a table: at='embed' or 'lm_head', not {site.name!r}")
+            return ScoresLayer(self.tokens, site.d_out, site.d_in, 1.0)
+        raise SiteError(f"trainable tokens are rows of a table: expected at='embed' or 'lm_head', got {site.name!r}")
 
 
 class _Rows(Layer):
-    """D, for chosen rows of a table of `words` rows."""
+    """D, for chosen rows of a table of `words` rows that multiplies them by `scale`."""
 
     mergeable: ClassVar[bool] = True
     linear: ClassVar[Literal["linear", "bilinear", "no"]] = "linear"
@@ -49,14 +49,17 @@ class _Rows(Layer):
 
     chosen: Tensor
 
-    def __init__(self, tokens: str, words: int, width: int) -> None:
+    def __init__(self, tokens: str, words: int, width: int, scale: float) -> None:
         super().__init__()
-        self.text, self.words = tokens, words
-        self.register_buffer("chosen", torch.tensor(numbers(tokens, words, "tokens")), persistent=False)
+        chosen = numbers(tokens, words, "tokens")
+        if not chosen:
+            raise SiteError(f"tokens={tokens!r} names no tokens; the table has {words}")
+        self.text, self.words, self.scale = tokens, words, scale
+        self.register_buffer("chosen", torch.tensor(chosen), persistent=False)
         self.change = constant((len(self.chosen), width), 0.0)
 
     def static(self) -> tuple[Any, ...]:
-        return (self.text, self.words)
+        return (self.text, self.words, self.scale)
 
 
 class RowsLayer(_Rows):
@@ -69,7 +72,7 @@ class RowsLayer(_Rows):
         known, order = self.chosen.sort()
         place = torch.searchsorted(known, x).clamp(max=len(known) - 1)
         own = p.change.take_along_dim(order[place], dim=1)
-        return torch.where(known[place] == x, h + own, h)
+        return torch.where(known[place] == x, h + self.scale * own, h)
 
     def merged(self, p: Params, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight.index_add(1, self.chosen.to(weight.device), p.change[0].mT), bias
