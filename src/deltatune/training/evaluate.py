@@ -18,6 +18,7 @@ from deltatune.errors import TaskError
 from deltatune.heads.base import Example, TaskHead, collate
 from deltatune.heads.language import Writer
 from deltatune.training.job import Job, room
+from deltatune.training.references import References
 
 TOKENS = 2048  # most tokens of one physical batch of predictions: larger ones leave the cache (docs/log.md)
 
@@ -36,9 +37,17 @@ def predict(adapted: Adapted, delta: Delta | None, head: TaskHead, rows: Sequenc
 
 
 def predict_many(
-    adapted: Adapted, members: Sequence[tuple[Delta | None, TaskHead]], rows: Sequence[Row], limit: int
+    adapted: Adapted,
+    members: Sequence[tuple[Delta | None, TaskHead]],
+    rows: Sequence[Row],
+    limit: int,
+    read: References | None = None,
 ) -> list[Predictions]:
-    """Predict the same rows with several deltas: each batch of rows runs once for all of them."""
+    """Predict the same rows with several deltas: each batch of rows runs once for all of them.
+
+    `read` is what was read of the bare backbone so far, for heads that compare with it.
+    """
+    read = References() if read is None else read
     source = adapted.source
     writers = [(delta, head) for delta, head in members if isinstance(head, Writer)]
     asked = sum(members[0][1].writes(row) for row in rows)
@@ -57,9 +66,8 @@ def predict_many(
             for chunk in _chunks(order, examples, len(members)):
                 batch = collate([examples[i] for i in chunk], source)
                 names = [d.name if d is not None and len(d.layers) else None for d, _ in members]
-                compares = any(head.compares for _, head in members)
-                hidden = _hidden(adapted, [*names, None] if compares else names, batch.inputs)
-                batch.reference = hidden[-1] if compares else None
+                read.give(adapted, [members[0][1]], [batch])
+                hidden = _hidden(adapted, names, batch.inputs)
                 for number, (_, head) in enumerate(members):
                     found, sure = head.decode(head.scores(hidden[number], batch, source), batch)
                     for i, value, certain in zip(chunk, found, sure, strict=True):
@@ -159,7 +167,7 @@ def evaluate(adapted: Adapted, jobs: Sequence[Job], split: str, *, whole: bool =
     for limit, group in in_groups(jobs, adapted.source):
         task, settings = group[0].plan.task, group[0].plan.settings
         rows = task_rows(task, split, None if whole else settings.dev_rows)
-        made = predict_many(adapted, [(job.delta, job.head) for job in group], rows, limit)
+        made = predict_many(adapted, [(job.delta, job.head) for job in group], rows, limit, jobs[0].references)
         gold = references(task.kind, rows)
         for job, predictions in zip(group, made, strict=True):
             found[job.name] = score(task.metric, predictions.values, gold, task.labels)
