@@ -40,12 +40,14 @@ def log_probability(module: torch.nn.Module, ids: list[int], answer: int) -> flo
     return sum(float(logits[at - 1, ids[at]]) for at in range(len(ids) - answer, len(ids)))
 
 
-def test_the_margin_is_the_closed_form(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", ["adapter | bitfit", "full"])
+def test_the_margin_is_the_closed_form(spec: str, tmp_path: Path) -> None:
     on, rows = backbone("llama"), rows_of("preference", 5)
+    on.module.lm_head.weight = on.module.model.embed_tokens.weight  # tied: what changes the one changes the other
     made = load_task(write(tmp_path, "preference"))
     head = head_for(made, on, 0)
     assert isinstance(head, Preference) and head.arguments == {"template": "{prompt}", "beta": 0.1}
-    delta = Delta.build(parse("adapter | bitfit"), on, name="d")
+    delta = Delta.build(parse(spec), on, name="d")
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in delta.parameters():

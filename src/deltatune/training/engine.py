@@ -132,10 +132,12 @@ class Engine:
     def losses(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> list[Tensor]:
         """Return the loss of each job on its own batch, from one run of the backbone."""
         self.refer(jobs, batches)
-        parts = self._hidden(batches, self.call(jobs, batches))
-        return [
-            job.head.loss(part, batch, self.backbone) for job, batch, part in zip(jobs, batches, parts, strict=True)
-        ]
+        call = self.call(jobs, batches)
+        parts = self._hidden(batches, call)
+        with self.adapted.weights_of(call):
+            return [
+                job.head.loss(part, batch, self.backbone) for job, batch, part in zip(jobs, batches, parts, strict=True)
+            ]
 
     def refer(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> None:
         """Give batches what their heads compare with, from the backbone alone where a text is new."""

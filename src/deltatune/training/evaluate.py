@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.data.metrics import references, score
 from deltatune.data.task import Row, Task
 from deltatune.delta.adapted import Adapted
-from deltatune.delta.call import Segment
+from deltatune.delta.call import Call, Segment
 from deltatune.delta.delta import Delta
 from deltatune.errors import TaskError
 from deltatune.heads.base import Example, TaskHead, collate
@@ -67,33 +67,37 @@ def predict_many(
                 batch = collate([examples[i] for i in chunk], source)
                 names = [d.name if d is not None and len(d.layers) else None for d, _ in members]
                 read.give(adapted, [members[0][1]], [batch])
-                hidden = _hidden(adapted, names, batch.inputs)
-                for number, (_, head) in enumerate(members):
-                    found, sure = head.decode(head.scores(hidden[number], batch, source), batch)
-                    for i, value, certain in zip(chunk, found, sure, strict=True):
-                        values[number][i], confidence[number][i] = value, certain
+                for hidden, call in _runs(adapted, names, batch.inputs):
+                    for number, (_, head) in enumerate(members):
+                        if names[number] not in hidden:
+                            continue
+                        with adapted.weights_of(call):
+                            scores = head.scores(hidden[names[number]], batch, source)
+                        found, sure = head.decode(scores, batch)
+                        for i, value, certain in zip(chunk, found, sure, strict=True):
+                            values[number][i], confidence[number][i] = value, certain
     finally:
         adapted.bank.train(training)
     return [Predictions(head.conclude(v, rows), c) for (_, head), v, c in zip(members, values, confidence, strict=True)]
 
 
-def _hidden(adapted: Adapted, names: Sequence[str | None], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Hidden states of the same rows under each delta; those that change the weights run by themselves."""
+def _runs(
+    adapted: Adapted, names: Sequence[str | None], inputs: dict[str, torch.Tensor]
+) -> Iterator[tuple[dict[str | None, torch.Tensor], Call]]:
+    """Yield the hidden states of the same rows under each delta, by name, and their call.
+
+    Deltas that change the weights run by themselves, one after the other.
+    """
     rows = len(next(iter(inputs.values())))
     heavy = {name for name in names if name is not None and _changes_weights(adapted.bank[name])}
-    found: dict[str | None, torch.Tensor] = {}
     light: list[str | None] = list(dict.fromkeys(name for name in names if name not in heavy))
-    groups: list[list[str | None]] = [light]
+    groups: list[list[str | None]] = [light] if light else []
     groups += [[name] for name in heavy]
     for group in groups:
-        if not group:
-            continue
-        segments = tuple(Segment(name, rows) for name in group)
-        call = adapted.routed(segments)
+        call = adapted.routed(tuple(Segment(name, rows) for name in group))
         repeated = {key: value.repeat(len(group), *[1] * (value.ndim - 1)) for key, value in inputs.items()}
         hidden = adapted.encode(repeated, call=call)
-        found.update(zip(group, hidden.split(rows), strict=True))
-    return [found[name] for name in names]
+        yield dict(zip(group, hidden.split(rows), strict=True)), call
 
 
 def _changes_weights(delta: Delta) -> bool:
