@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from tests.fit.tiny import VOCABULARY, jobs_of, plan, task, tokenizer
+from tests.fit.tiny import backbone as tiny_backbone
 
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.words import body_of, without_logits
@@ -73,6 +74,33 @@ def test_logits_are_the_networks_own(name: str) -> None:
     assert (body is None) == (name == "streams")
     assert torch.allclose(found, wanted, rtol=0, atol=1e-6) and float(wanted.std()) > 1e-3
     assert network._modules == before and "forward" not in network.__dict__
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_full_tuning_learns_by_the_words_it_changes(family: str) -> None:
+    on = tiny_backbone(family, torch.float64)
+    if family == "llama":
+        on.module.lm_head.weight = on.module.model.embed_tokens.weight
+    assert on.output.weight is on.embeddings.weight
+    (job,) = jobs_of([plan("full", task("generation"))], on)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in job.delta.layers.parameters():
+            value.add_(0.05 * torch.randn(value.shape, generator=draw))
+    batch = batch_of(job, on)
+    target = [list(e.target) if family == "t5" else [-100, *e.target[:-1]] for e in batch.examples]
+    longest = max(map(len, target))
+    labels = torch.tensor([[*row, *[-100] * (longest - len(row))] for row in target])
+    inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+    parameters = list(job.delta.layers.parameters())
+    engine = Engine([job], on)
+    losses = [engine.losses([job], [batch])[0], engine.adapted(**inputs, labels=labels, deltas=job.name).loss]
+    ours, theirs = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses)
+    engine.close()
+    assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=0, abs=1e-6)
+    assert sum(own is not None for own in ours) > 10
+    for own, other in zip(ours, theirs, strict=True):
+        assert (own is None) == (other is None) and (own is None or float((own - other).abs().max()) <= 1e-6)
 
 
 def test_a_language_model_learns_by_its_own_logits() -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.fit.tiny import task
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LITTLE = {
@@ -61,6 +62,35 @@ def test_a_script_measures_stores_and_tells(name: str, tmp_path: Path) -> None:
 def test_both_sides_compute_the_same(name: str, tmp_path: Path) -> None:
     assert run(name, tmp_path, *LITTLE[name]).returncode == 0
     assert json.loads((tmp_path / f"{name}.json").read_text())["gate"]["passed"]
+
+
+def test_kinds_are_measured_once_and_told(tmp_path: Path) -> None:
+    folder = tmp_path / "tasks" / "xquad_en"
+    folder.mkdir(parents=True)
+    made = task("extractive_span")
+    for split in ("train", "dev", "test"):
+        rows = [
+            {
+                **row,
+                "context": f"Before this. {row['context']}. After it.",
+                "answers": [answer["text"] for answer in row["answers"]],
+            }
+            for row in getattr(made, split)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--data", str(tmp_path / "tasks"), "--kinds", "span", "--limits", "16", "8", "12")
+    first = run("kinds", tmp_path, *options)
+    assert first.returncode == 0, first.stderr[-2000:]
+    stored = (tmp_path / "kinds.rows.jsonl").read_text()
+    sides = json.loads((tmp_path / "kinds.json").read_text())["kinds"]["span"]["sides"]
+    assert list(sides) == ["constant", "head", "a third", "default", "three times"] and len(stored.splitlines()) == 5
+    for what, side in sides.items():
+        low, mean, high = (side["test"][name] for name in ("low", "mean", "high"))
+        assert low <= mean <= high and (what in ("constant", "head") or side["gain"]["mean"] is not None)
+    told = (tmp_path / "page.md").read_text()
+    again = run("kinds", tmp_path, *options)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert (tmp_path / "kinds.rows.jsonl").read_text() == stored and (tmp_path / "page.md").read_text() == told
 
 
 @pytest.mark.slow

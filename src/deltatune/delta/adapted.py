@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
@@ -192,6 +192,10 @@ class Adapted(nn.Module):
         self._run(network, (), inputs, _UNSET, call)
         assert kept.states is not None
         return kept.states
+
+    def weights_of(self, call: Call) -> AbstractContextManager[None]:
+        """Let the backbone have the weights of a call that has run, for what is computed from its hidden states."""
+        return swapped(call.swaps)
 
     @property
     def packs(self) -> bool:

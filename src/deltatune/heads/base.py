@@ -65,8 +65,8 @@ class Batch:
     """Padded examples: `inputs` for the backbone and the examples themselves.
 
     Inputs are ids, mask and types [sequences, tokens], or pixels [rows, channels, height, width]. Each example has one
-    sequence or more; those of one stand together. `reference` [sequences, tokens, width] is what the bare backbone
-    gives, for heads that compare with it.
+    sequence or more; those of one stand together. `reference` [sequences] is what a head that compares made of
+    the bare backbone's hidden states.
     """
 
     inputs: dict[str, Tensor]
@@ -102,8 +102,8 @@ class Batch:
 class TaskHead(SavedHead):
     """Base of the heads that a task is fitted with.
 
-    A head that `compares` gets in each batch what the bare backbone gives for it; one that `decodes` reads the
-    hidden states of an encoder-decoder's decoder where others read those of its encoder.
+    A head that `compares` gets with each batch what it made of the bare backbone, once a text; one that `decodes` reads
+    the hidden states of an encoder-decoder's decoder where others read those of its encoder.
     """
 
     kinds: ClassVar[tuple[Kind, ...]]
@@ -129,6 +129,13 @@ class TaskHead(SavedHead):
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
         """Return the mean loss over the valid items of a batch by their weights, a scalar."""
+        raise NotImplementedError
+
+    def compared(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
+        """Return one number a sequence [sequences] of the bare backbone's hidden states, for a head that compares.
+
+        It may depend on the sequence alone: it is computed once a fit.
+        """
         raise NotImplementedError
 
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:

@@ -20,8 +20,8 @@ class Preference(Templated):
     """margin [rows] = beta ((log p - log q)(chosen) - (log p - log q)(rejected)); loss -log sigmoid(margin).
 
     log p is the log-probability of the answer's tokens, and of the end token, with the delta on, log q the same with
-    the delta off: the reference is no second model, but a call of the backbone alone on the same batch. No
-    parameters. Source: Rafailov et al. 2023, Direct Preference Optimization, arXiv:2305.18290.
+    the delta off: the reference is no second model, but a call of the backbone alone, once a text. No parameters.
+    Source: Rafailov et al. 2023, Direct Preference Optimization, arXiv:2305.18290.
     """
 
     kinds: ClassVar[tuple[Kind, ...]] = ("preference",)
@@ -53,10 +53,13 @@ class Preference(Templated):
             examples.append(dataclasses.replace(chosen, more=(rejected,)))
         return examples
 
+    def compared(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
+        return log_probabilities(hidden, batch.sequences, backbone)
+
     def scores(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:
         assert batch.reference is not None
         policy = log_probabilities(hidden, batch.sequences, backbone)
-        gain = policy - log_probabilities(batch.reference, batch.sequences, backbone)
+        gain = policy - batch.reference.to(policy)
         return self.beta * (gain[0::2] - gain[1::2])
 
     def loss(self, hidden: Tensor, batch: Batch, backbone: Backbone) -> Tensor:

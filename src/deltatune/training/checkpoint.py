@@ -78,7 +78,8 @@ def write(folder: Path, jobs: Sequence[Job], identity: str, extra: dict[str, Any
                 "worse": job.worse, "losses": job.losses, "metrics": job.metrics,
             }
         )  # fmt: skip
-    state = json.dumps({"identity": identity, "jobs": records, "extra": extra or {}})
+    known = {key: value for job in jobs for key, value in job.references.known.items()}
+    state = json.dumps({"identity": identity, "jobs": records, "references": known, "extra": extra or {}})
     copied = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     with whole_file(folder / STATE) as work:
         save_file(copied, work, metadata={"state": state})
@@ -114,6 +115,7 @@ def read(folder: Path, jobs: Sequence[Job], identity: str) -> dict[str, Any] | N
         job.curve = [Point(**point) for point in record.pop("curve")]
         for name, value in record.items():
             setattr(job, name, value)
+        job.references.known.update(state["references"])
         _restore(job.optimiser, parts.get(f"{number}/optimiser", {}))
     return dict(state["extra"])
 

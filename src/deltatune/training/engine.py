@@ -131,11 +131,17 @@ class Engine:
 
     def losses(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> list[Tensor]:
         """Return the loss of each job on its own batch, from one run of the backbone."""
-        self._refer(jobs, batches)
-        parts = self._hidden(batches, self.call(jobs, batches))
-        return [
-            job.head.loss(part, batch, self.backbone) for job, batch, part in zip(jobs, batches, parts, strict=True)
-        ]
+        self.refer(jobs, batches)
+        call = self.call(jobs, batches)
+        parts = self._hidden(batches, call)
+        with self.adapted.weights_of(call):
+            return [
+                job.head.loss(part, batch, self.backbone) for job, batch, part in zip(jobs, batches, parts, strict=True)
+            ]
+
+    def refer(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> None:
+        """Give batches what their heads compare with, from the backbone alone where a text is new."""
+        self.jobs[0].references.give(self.adapted, [job.head for job in jobs], batches)
 
     def _hidden(self, batches: Sequence[Batch], call: Call) -> list[Tensor]:
         """Run batches as one, and return the hidden states of each [texts, tokens, width]."""
@@ -148,15 +154,6 @@ class Engine:
         parts = hidden.split([len(batch.sequences) for batch in batches])
         # At the batch's own padded length, as when it is alone.
         return [part[:, : batch.positions] for part, batch in zip(parts, batches, strict=True)]
-
-    def _refer(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> None:
-        """Give the batches of the heads that compare what they compare with: the backbone alone on the same texts."""
-        asking = [batch for job, batch in zip(jobs, batches, strict=True) if job.head.compares]
-        if asking:
-            call = self.adapted.routed((Segment(None, sum(len(batch.sequences) for batch in asking)),))
-            with torch.no_grad():
-                for batch, hidden in zip(asking, self._hidden(asking, call), strict=True):
-                    batch.reference = hidden
 
     def call(self, jobs: Sequence[Job], batches: Sequence[Batch]) -> Call:
         """Make the call of a physical batch, with the keys of each job's dropout."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,13 @@ from deltatune.backbone.load import Backbone
 from deltatune.data.metrics import references, score
 from deltatune.data.task import Row, Task
 from deltatune.delta.adapted import Adapted
-from deltatune.delta.call import Segment
+from deltatune.delta.call import Call, Segment
 from deltatune.delta.delta import Delta
 from deltatune.errors import TaskError
 from deltatune.heads.base import Example, TaskHead, collate
 from deltatune.heads.language import Writer
 from deltatune.training.job import Job, room
+from deltatune.training.references import References
 
 TOKENS = 2048  # most tokens of one physical batch of predictions: larger ones leave the cache (docs/log.md)
 
@@ -36,9 +37,17 @@ def predict(adapted: Adapted, delta: Delta | None, head: TaskHead, rows: Sequenc
 
 
 def predict_many(
-    adapted: Adapted, members: Sequence[tuple[Delta | None, TaskHead]], rows: Sequence[Row], limit: int
+    adapted: Adapted,
+    members: Sequence[tuple[Delta | None, TaskHead]],
+    rows: Sequence[Row],
+    limit: int,
+    read: References | None = None,
 ) -> list[Predictions]:
-    """Predict the same rows with several deltas: each batch of rows runs once for all of them."""
+    """Predict the same rows with several deltas: each batch of rows runs once for all of them.
+
+    `read` is what was read of the bare backbone so far, for heads that compare with it.
+    """
+    read = References() if read is None else read
     source = adapted.source
     writers = [(delta, head) for delta, head in members if isinstance(head, Writer)]
     asked = sum(members[0][1].writes(row) for row in rows)
@@ -57,35 +66,38 @@ def predict_many(
             for chunk in _chunks(order, examples, len(members)):
                 batch = collate([examples[i] for i in chunk], source)
                 names = [d.name if d is not None and len(d.layers) else None for d, _ in members]
-                compares = any(head.compares for _, head in members)
-                hidden = _hidden(adapted, [*names, None] if compares else names, batch.inputs)
-                batch.reference = hidden[-1] if compares else None
-                for number, (_, head) in enumerate(members):
-                    found, sure = head.decode(head.scores(hidden[number], batch, source), batch)
-                    for i, value, certain in zip(chunk, found, sure, strict=True):
-                        values[number][i], confidence[number][i] = value, certain
+                read.give(adapted, [members[0][1]], [batch])
+                for hidden, call in _runs(adapted, names, batch.inputs):
+                    for number, (_, head) in enumerate(members):
+                        if names[number] not in hidden:
+                            continue
+                        with adapted.weights_of(call):
+                            scores = head.scores(hidden[names[number]], batch, source)
+                        found, sure = head.decode(scores, batch)
+                        for i, value, certain in zip(chunk, found, sure, strict=True):
+                            values[number][i], confidence[number][i] = value, certain
     finally:
         adapted.bank.train(training)
     return [Predictions(head.conclude(v, rows), c) for (_, head), v, c in zip(members, values, confidence, strict=True)]
 
 
-def _hidden(adapted: Adapted, names: Sequence[str | None], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Hidden states of the same rows under each delta; those that change the weights run by themselves."""
+def _runs(
+    adapted: Adapted, names: Sequence[str | None], inputs: dict[str, torch.Tensor]
+) -> Iterator[tuple[dict[str | None, torch.Tensor], Call]]:
+    """Yield the hidden states of the same rows under each delta, by name, and their call.
+
+    Deltas that change the weights run by themselves, one after the other.
+    """
     rows = len(next(iter(inputs.values())))
     heavy = {name for name in names if name is not None and _changes_weights(adapted.bank[name])}
-    found: dict[str | None, torch.Tensor] = {}
     light: list[str | None] = list(dict.fromkeys(name for name in names if name not in heavy))
-    groups: list[list[str | None]] = [light]
+    groups: list[list[str | None]] = [light] if light else []
     groups += [[name] for name in heavy]
     for group in groups:
-        if not group:
-            continue
-        segments = tuple(Segment(name, rows) for name in group)
-        call = adapted.routed(segments)
+        call = adapted.routed(tuple(Segment(name, rows) for name in group))
         repeated = {key: value.repeat(len(group), *[1] * (value.ndim - 1)) for key, value in inputs.items()}
         hidden = adapted.encode(repeated, call=call)
-        found.update(zip(group, hidden.split(rows), strict=True))
-    return [found[name] for name in names]
+        yield dict(zip(group, hidden.split(rows), strict=True)), call
 
 
 def _changes_weights(delta: Delta) -> bool:
@@ -159,7 +171,7 @@ def evaluate(adapted: Adapted, jobs: Sequence[Job], split: str, *, whole: bool =
     for limit, group in in_groups(jobs, adapted.source):
         task, settings = group[0].plan.task, group[0].plan.settings
         rows = task_rows(task, split, None if whole else settings.dev_rows)
-        made = predict_many(adapted, [(job.delta, job.head) for job in group], rows, limit)
+        made = predict_many(adapted, [(job.delta, job.head) for job in group], rows, limit, jobs[0].references)
         gold = references(task.kind, rows)
         for job, predictions in zip(group, made, strict=True):
             found[job.name] = score(task.metric, predictions.values, gold, task.labels)

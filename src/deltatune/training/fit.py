@@ -149,7 +149,7 @@ def _predicted(engine: Engine, jobs: Sequence[Job], split: str, limit: int) -> d
     if not jobs:
         return {}
     rows = task_rows(jobs[0].plan.task, split)
-    made = predict_many(engine.adapted, [(job.delta, job.head) for job in jobs], rows, limit)
+    made = predict_many(engine.adapted, [(job.delta, job.head) for job in jobs], rows, limit, jobs[0].references)
     return dict(zip([job.name for job in jobs], made, strict=True))
 
 

@@ -21,6 +21,7 @@ from deltatune.heads.choose import head_for
 from deltatune.heads.labelled import Labelled
 from deltatune.training.groups import optimizer_groups
 from deltatune.training.probe import probe
+from deltatune.training.references import References
 from deltatune.training.settings import Settings, rate
 from deltatune.training.states import Probe
 from deltatune.training.weights import class_weights
@@ -65,7 +66,7 @@ class Point:
 
 @dataclass
 class Job:
-    """State of one training. `best` holds the tensors that scored best on dev."""
+    """State of one training. `best` holds the tensors that scored best on dev; `references` are the whole fit's."""
 
     plan: Plan
     delta: Delta
@@ -84,6 +85,7 @@ class Job:
     worse: int = 0
     losses: list[float] = field(default_factory=list)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    references: References = field(default_factory=References)
 
     @property
     def name(self) -> str:
@@ -150,10 +152,11 @@ def shuffled(fingerprint: str, seed: int, epoch: int, rows: int) -> list[int]:
 
 @dataclass
 class Prepared:
-    """What jobs on the same rows share: encoded training rows and starts of heads, each made once."""
+    """What jobs on the same rows share: encoded training rows, starts of heads, values of texts, each made once."""
 
     encoded: dict[tuple[str, str, int], list[Example]] = field(default_factory=dict)
     starts: dict[tuple[str, str, int], Probe | None] = field(default_factory=dict)
+    references: References = field(default_factory=References)
 
 
 def make_jobs(
@@ -189,7 +192,7 @@ def make_jobs(
         delta.to(backbone.device)
         # What has no parameters (a language model that answers by itself) is looked at once.
         steps = plan.settings.total_steps(len(rows)) if list(delta.parameters()) else 1
-        jobs.append(Job(plan, delta, head, rows, optimiser(plan, delta), steps))
+        jobs.append(Job(plan, delta, head, rows, optimiser(plan, delta), steps, references=made.references))
     return jobs
 
 
