@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,17 +12,21 @@ import transformers as hf
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tests.engine.subjects import SPECS, adapted, backward, close, subject
-from torch import nn
+from torch import Tensor, nn
 
 import deltatune as dt
 from deltatune.backbone.fingerprint import compare
 from deltatune.backbone.load import Backbone
+from deltatune.backbone.sites import Site
 from deltatune.compose.expression import parse
+from deltatune.delta.adapted import Adapted
 from deltatune.delta.delta import Delta
+from deltatune.delta.layer import Layer, Params, constant
 from deltatune.delta.merge import merge
+from deltatune.delta.method import Family, Method
 from deltatune.errors import BackboneError, SiteError
 from deltatune.laws.families import SMALL, tiny
-from deltatune.laws.subject import Subject
+from deltatune.laws.subject import Subject, made
 
 # The first block on the disk, all else in memory.
 PARTS = {
@@ -57,7 +61,9 @@ def test_a_placed_backbone_gives_what_a_whole_one_does(text: str, family: str, k
     whole = adapted(text, held.fresh(torch.float32), "one", "two")
     wanted = held.run(whole, rows, route)
     on = placed(family, kind, tmp_path)
+    next(on.module.parameters()).requires_grad_(False)  # one that the user froze
     flags = {name: p.requires_grad for name, p in on.module.named_parameters()}
+    assert len(set(flags.values())) == 2
     model = adapted(text, on, "one", "two")
     assert {p.device.type for p in model.bank.parameters()} == {"cpu"}
     got = held.run(model, rows, route)
@@ -155,21 +161,82 @@ def test_autocast_computes_in_bfloat16_and_learns_in_float32(text: str, family: 
     assert float(nn.functional.cosine_similarity(left, right, dim=0)) > 0.97
 
 
+class Steady(Method):
+    """Shift a linear's output, computed in float32 whatever the site is in: what a careful layer does."""
+
+    family: ClassVar[Family] = "specification"
+    paper: ClassVar[str] = "none"
+    lr: ClassVar[float] = 1e-2
+
+    at: str = "attn.q ffn.up"
+
+    def layer(self, site: Site, generator: torch.Generator) -> Layer:
+        return SteadyLayer(site.d_out)
+
+
+class SteadyLayer(Layer):
+    """h + d."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = constant((width,), 0.0)
+
+    def forward(self, p: Params, x: Tensor | None, h: Tensor) -> Tensor:
+        return h.float() + p.bias.float()
+
+
+@pytest.mark.parametrize("route", ["one", ["one", "two", "two", "one"]], ids=["one delta", "several"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_site_keeps_the_dtype_of_its_module(packed: bool, route: Any) -> None:
+    """Else all that follows would compute in float32 under autocast, or fail in a bfloat16 network."""
+    held = Subject(Steady(), Backbone(tiny("bert"), name="bert"))
+    on = held.fresh(torch.float32)
+    model = Adapted(on, [made(held.spec, on, name, seed=seed) for seed, name in enumerate(("one", "two"))])
+    seen: dict[str, torch.dtype] = {}
+    for name, part in on.module.named_modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_hook(lambda _m, _i, output, name=name: seen.__setitem__(name, output.dtype))
+    rows = held.rows(4)
+
+    def run(adapted: Adapted) -> Tensor:
+        return adapted.encode(held.batch(rows), deltas=route) if packed else torch.cat(held.run(adapted, rows, route))
+
+    assert model.packs
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(model)
+    assert set(seen.values()) == {torch.bfloat16}
+    on.module.to(torch.bfloat16)
+    model.bank.to(torch.bfloat16)
+    assert run(model).dtype == torch.bfloat16
+
+
 def test_autocast_generates() -> None:
+    """Each step gives the scores that the deltas give to what is written so far, in float32."""
     held = subject("lora(r=2) | prefix(n=2) | prompt(n=2)", "llama")
     model = adapted(str(held.spec), held.fresh(torch.float32), "one", "two")
     batch = held.batch(held.rows(4), left=True)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    route, steps = ["one", None, "two", "one"], 4
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        made = model.generate(**inputs, deltas=["one", None, "two", "one"], max_new_tokens=4, do_sample=False)
-    assert made.shape[0] == 4 and made.shape[1] > inputs["input_ids"].shape[1]
+        made = model.generate(
+            **inputs, deltas=route, max_new_tokens=steps, do_sample=False, eos_token_id=[],
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    ids, mask = made.sequences, nn.functional.pad(inputs["attention_mask"], (0, steps), value=1)
+    whole = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    wanted, bare = (model(**whole, deltas=names).logits[:, -steps - 1 : -1] for names in (route, None))
+    close(list(torch.stack(made.logits, dim=1)), list(wanted), 2e-2)
+    apart = (wanted - bare).abs().amax(dim=(1, 2))
+    assert (apart[[0, 2, 3]] > 0.5).all() and apart[1] < 1e-5
 
 
 def test_loading_with_a_device_map(tmp_path: Path) -> None:
     """What `from_pretrained(device_map=...)` gives is a backbone like any other."""
     tiny("llama").save_pretrained(tmp_path / "model")
-    module = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cpu")
+    module = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map={"": "cpu"})
     held = subject("lora(r=2)", "llama")
     rows = held.rows(3)
-    got = held.run(adapted("lora(r=2)", Backbone(module)), rows, "one")
+    model = adapted("lora(r=2)", Backbone(module))
+    got = held.run(model, rows, "one")
     close(got, held.run(adapted("lora(r=2)", held.fresh(torch.float32)), rows, "one"), 1e-6)
+    assert all((one - bare).abs().max() > 0.1 for one, bare in zip(got, held.run(model, rows, None), strict=True))
