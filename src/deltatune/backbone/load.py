@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from functools import cached_property
 from pathlib import Path
@@ -149,9 +150,19 @@ class Backbone:
         tokenizer = getattr(self.processor, "model_max_length", None) or 512
         return int(min(self.positions or 512, tokenizer))
 
+    def copy(self) -> Backbone:
+        """Return a copy with weights of its own; sites and digests, which are the same, are not worked out again."""
+        made = Backbone(copy.deepcopy(self.module), self.processor, self.name)
+        made.anatomy = self.anatomy
+        made._fingerprint = (made._stamp(), self.fingerprint())
+        return made
+
+    def _stamp(self) -> tuple[Any, ...]:
+        return tuple((p.data_ptr(), p.dtype, p._version) for p in self.module.parameters())
+
     def fingerprint(self) -> dict[str, str]:
         """Return the digests of the trunk's weights; computed again when a weight was written to."""
-        stamp = tuple((p.data_ptr(), p.dtype, p._version) for p in self.module.parameters())
+        stamp = self._stamp()
         if self._fingerprint is None or self._fingerprint[0] != stamp:
             self._fingerprint = (stamp, fingerprint(self.module, self.anatomy))
         return self._fingerprint[1]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ from deltatune.methods.specification.bitfit import BitFit
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 TARGET_LENGTH = 5  # decoder tokens of an encoder-decoder
+
+
+# Backbone -> dtype -> what copies are made of.
+_kept: WeakKeyDictionary[Backbone, dict[torch.dtype, Backbone]] = WeakKeyDictionary()
 
 
 class LawBroken(DeltatuneError):
@@ -67,8 +72,11 @@ class Subject:
 
     def fresh(self, dtype: torch.dtype | None = None) -> Backbone:
         """A copy of the backbone in a dtype (the subject's own by default), in evaluation mode."""
-        module = copy.deepcopy(self.backbone.module).to(dtype or self.dtype).eval()
-        return Backbone(module, self.backbone.processor, self.backbone.name)
+        kept, dtype = _kept.setdefault(self.backbone, {}), dtype or self.dtype
+        if dtype not in kept:
+            module = copy.deepcopy(self.backbone.module).to(dtype).eval()
+            kept[dtype] = Backbone(module, self.backbone.processor, self.backbone.name)
+        return kept[dtype].copy()
 
     @property
     def reads_tokens(self) -> bool:
