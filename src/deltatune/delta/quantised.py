@@ -31,7 +31,7 @@ class _Through(torch.autograd.Function):
 class GradientHook:
     """Lets gradients pass a linear whose kernel gives none.
 
-    torchao's products of quantised activations cut the graph, and so do those of 4-bit weights that bitsandbytes packed;
+    torchao's products of quantised activations cut the graph, and so do those of weights that bitsandbytes packed:
     residual connections hide it: the gradient is then wrong and nothing fails.
     """
 
