@@ -25,8 +25,7 @@ import torch
 from tests.fit.tiny import QUICK, backbone, plan, task
 
 from deltatune.studies.verbs import run_plans
-from deltatune.training import fit as fit_module
-from deltatune.training import tune as tune_module
+from deltatune.training import checkpoint
 from deltatune.training.budget import Budget
 from deltatune.training.fit import Trained, fit_plans
 from deltatune.training.tune import tune
@@ -189,7 +188,7 @@ def main(folder: Path, seed: int, wanted: list[str]) -> None:
     for name in ("sklearn.linear_model", "sklearn.metrics", "matplotlib.pyplot"):
         importlib.import_module(name)  # once, not in every fork
     backbone()  # imports the rest
-    fit_module.CHECKPOINT_EVERY = tune_module.CHECKPOINT_EVERY = 0.0
+    checkpoint.EVERY = 0.0
     rng = random.Random(seed)
     parts = (one.split("=") for one in wanted)
     kills = {what: killed_often(WORK[what], folder / what, rng, int(number)) for what, number in parts}

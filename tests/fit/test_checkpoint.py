@@ -15,7 +15,6 @@ from tests.fit.tiny import backbone, jobs_of, plan, same_bits, task, tensors
 
 from deltatune.errors import OutputError
 from deltatune.training import checkpoint
-from deltatune.training import fit as fit_module
 from deltatune.training.budget import Budget, Means, settled
 from deltatune.training.engine import Engine, train
 from deltatune.training.fit import fit_plans
@@ -131,7 +130,7 @@ def test_a_damaged_checkpoint_is_refused(harm, tmp_path):
 
 def unfinished(folder, monkeypatch):
     """Leave a fit of PLANS unfinished in a folder."""
-    monkeypatch.setattr(fit_module, "CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
 
     def stop(jobs, event):
         if jobs[0].step == 9:

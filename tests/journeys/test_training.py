@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import deltatune.cli.progress as shown
-import deltatune.training.fit as fitting
+import deltatune.training.checkpoint as checkpoint
 
 from .conftest import Run
 
@@ -80,7 +80,7 @@ class TestInterrupted:
     @pytest.fixture
     def interrupted(self, run: Run, line: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         """Stop the fit at its seventh step, checkpoints being written at every evaluation."""
-        monkeypatch.setattr(fitting, "CHECKPOINT_EVERY", 0.0)
+        monkeypatch.setattr(checkpoint, "EVERY", 0.0)
         heard = []
 
         def stop(self: Any, jobs: Any, event: str) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.fit.tiny import backbone, plan, task
+from tests.fit.tiny import QUICK, backbone, plan, task
 
 from deltatune.errors import UnknownName, UserError
 from deltatune.studies.trackers import tracking
+from deltatune.training import tune as tuning
+from deltatune.training.budget import Budget, Effort
 from deltatune.training.fit import Trained, fit_plans
 
 PLANS = [plan("lora(r=2)", task(), 0), plan("adapter(m=3)", task(), 1), plan("bitfit", task(), 2, lr=1e30, clip=1e30)]
@@ -99,6 +102,25 @@ def test_a_broken_off_training_is_no_finished_run(tmp_path: Path, monkeypatch: p
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("deltatune").experiment_id])
     assert run.info.status == "FAILED"
+
+
+def test_a_candidate_that_a_search_gives_up_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was trained as far as it was worth; what diverged is a failed run."""
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(f"file://{tmp_path}/ml")
+    monkeypatch.setattr(tuning, "SPACE", ("lora(r=2)", "bitfit", "ia3"))
+    monkeypatch.setattr(tuning, "LADDER", (Effort(3, (1.0, 1e32), 1.0),))
+    settings = dataclasses.replace(QUICK, steps=None, lr=None)
+    with tracking("mlflow") as listener:
+        tuned = tuning.tune(backbone(), task(), Budget(steps=80), settings=settings, seeds=1, listener=listener)
+    client = mlflow.MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name("deltatune").experiment_id])
+    found = {(run.info.run_name.split("/")[1], run.info.status) for run in runs}
+    wanted = {(c.label, "FAILED" if c.state == "failed" else "FINISHED") for c in tuned.candidates}
+    assert {c.state for c in tuned.candidates} >= {"stopped", "failed", "chosen"}
+    assert found == wanted | {("head", "FINISHED")}
 
 
 def chunks(log: bytes) -> Iterator[bytes]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,6 +106,8 @@ def _check_out(out: Path) -> None:
 
 def _write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows as csv or jsonl, whole or not at all."""
+    from deltatune.training.checkpoint import whole_file
+
     if out.suffix == ".jsonl":
         text = "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
     else:
@@ -119,13 +120,5 @@ def _write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
                 {n: json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for n, v in row.items()}
             )
         text = stream.getvalue()
-    work = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        with work.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(work, out)
-    except OSError as error:
-        work.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {out}: {error.strerror or error}") from None
+    with whole_file(out) as work:
+        work.write_text(text, encoding="utf-8", newline="")

@@ -265,19 +265,10 @@ def clear_checkpoint(out: Path) -> None:
 
 def write_json(file: Path, data: Any) -> None:
     """Write a JSON file whole or not at all. OutputError if it cannot be written."""
-    import os
+    from deltatune.training.checkpoint import whole_file
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    work = file.with_name(f".{file.name}.tmp")
-    try:
-        with work.open("w") as stream:
-            json.dump(data, stream, indent=1, default=str)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(work, file)
-    except OSError as error:
-        work.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
+    with whole_file(file) as work, work.open("w") as stream:
+        json.dump(data, stream, indent=1, default=str)
 
 
 def tune(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from deltatune.errors import OutputError
 from deltatune.training.job import Job, Plan, Point
 
 STATE = "state.safetensors"
+EVERY = 20.0  # seconds; when it is written changes nothing in the result
 
 
 def identity(plans: Sequence[Plan], backbone: Backbone) -> str:
@@ -83,6 +85,22 @@ def write(folder: Path, jobs: Sequence[Job], identity: str, extra: dict[str, Any
     copied = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     with whole_file(folder / STATE) as work:
         save_file(copied, work, metadata={"state": state})
+
+
+def keeper(folder: Path | None, jobs: Sequence[Job], identity: str) -> Callable[[], None]:
+    """Return what writes the checkpoint when it is called, at most once every `EVERY` seconds; without a folder never.
+
+    Called, it raises OutputError if the checkpoint cannot be written.
+    """
+    last = time.monotonic()
+
+    def keep() -> None:
+        nonlocal last
+        if folder and time.monotonic() - last >= EVERY:
+            write(folder, jobs, identity)
+            last = time.monotonic()
+
+    return keep
 
 
 def read(folder: Path, jobs: Sequence[Job], identity: str) -> dict[str, Any] | None:

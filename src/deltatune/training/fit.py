@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ from deltatune.training.estimate import Estimate, estimate
 from deltatune.training.evaluate import Predictions, in_groups, predict_many, task_rows
 from deltatune.training.job import Job, Plan, Point, make_jobs
 from deltatune.training.settings import resolve_precision
-
-CHECKPOINT_EVERY = 20.0  # seconds; when it is written changes nothing in the result
 
 
 @dataclass
@@ -89,15 +86,7 @@ def fit_plans(
             announce(estimate(engine))
         if dry_run:
             return []
-        last = time.monotonic()
-
-        def keep() -> None:
-            nonlocal last
-            if place and time.monotonic() - last >= CHECKPOINT_EVERY:
-                checkpoint.write(place, jobs, identity)
-                last = time.monotonic()
-
-        train(engine, listener=listener, checkpoint=keep)
+        train(engine, listener=listener, checkpoint=checkpoint.keeper(place, jobs, identity))
         if place:
             checkpoint.write(place, jobs, identity)
         return finish(engine, jobs, open_test=open_test)

@@ -25,7 +25,7 @@ from deltatune.training import checkpoint
 from deltatune.training.budget import ENOUGH, FEWEST, LADDER, RUNGS, SURE, Budget, Effort, Means, Shape, goal, settled
 from deltatune.training.engine import Engine, Listener, train, working_copy
 from deltatune.training.estimate import Estimate, estimate
-from deltatune.training.fit import CHECKPOINT_EVERY, Trained, check_splits, finish
+from deltatune.training.fit import Trained, check_splits, finish
 from deltatune.training.job import Job, Plan, Prepared, make_jobs
 from deltatune.training.settings import Settings, resolve_precision
 
@@ -152,7 +152,7 @@ def tune(
         guess = _scaled(estimate(engine), shape.trainings / len(jobs), budget)
         if announce:
             announce(guess)
-        keep = _keeper(place / "rungs" if place else None, jobs, identity)
+        keep = checkpoint.keeper(place / "rungs" if place else None, jobs, identity)
         if done is None or not done.get("finished"):
             _halve(jobs, engine, horizon, whole, shape, listener, keep, end)
             if place:
@@ -276,18 +276,6 @@ def _stretched(jobs: Sequence[Job], shape: Shape, left: float, whole: int) -> in
     return max(min(whole, int((left + done) / trainings)), *(job.step + 1 for job in jobs))
 
 
-def _keeper(place: Path | None, jobs: Sequence[Job], identity: str) -> Callable[[], None]:
-    last = time.monotonic()
-
-    def keep() -> None:
-        nonlocal last
-        if place and time.monotonic() - last >= CHECKPOINT_EVERY:
-            checkpoint.write(place, jobs, identity)
-            last = time.monotonic()
-
-    return keep
-
-
 def _judge(found: Sequence[Candidate], jobs: Sequence[Job], number: int) -> list[Candidate]:
     """Write down how far each candidate came and return so many finalists, best first."""
     for candidate, job in zip(found, jobs, strict=False):
@@ -330,7 +318,7 @@ def _finals(
     try:
         if place:
             checkpoint.read(place / "finals", jobs, identity)
-        keep = _keeper(place / "finals" if place else None, jobs, identity)
+        keep = checkpoint.keeper(place / "finals" if place else None, jobs, identity)
         train(engine, listener=listener, checkpoint=keep, deadline=end)
         unseen = [job for job in jobs if job.state in ("running", "waiting") and job.step]
         if unseen:
