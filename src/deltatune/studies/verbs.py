@@ -270,7 +270,7 @@ def write_json(file: Path, data: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     work = file.with_name(f".{file.name}.tmp")
     try:
-        with work.open("w") as stream:
+        with work.open("w", encoding="utf-8") as stream:
             json.dump(data, stream, indent=1, default=str)
             stream.flush()
             os.fsync(stream.fileno())
