@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import deltatune as dt
 from deltatune import errors
+from deltatune.delta.catalogue import find
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -75,12 +77,70 @@ def test_public_names_of_a_page_exist(page: str) -> None:
         assert name in dt.__all__, f"{page} names dt.{name}"
 
 
-def test_every_error_class_has_one_entry() -> None:
+def entries() -> dict[str, list[str]]:
+    """Error class -> its cells: symptom, cause, fix."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (DOCS / "errors.md").read_text(), flags=re.MULTILINE)
+    return {name: [cell.replace("\\|", "|") for cell in re.split(r" (?<!\\)\| ", rest)] for name, rest in rows}
+
+
+def test_every_error_class_has_one_entry_with_symptom_cause_and_fix() -> None:
     classes = [
         name for name, value in vars(errors).items() if inspect.isclass(value) and value.__module__ == errors.__name__
     ]
-    entries = re.findall(r"^\| `(\w+)` \|", (DOCS / "errors.md").read_text(), flags=re.MULTILINE)
-    assert entries == classes
+    found = entries()
+    assert list(found) == classes
+    for name, cells in found.items():
+        assert len(cells) == 3 and all(len(cell) > 10 for cell in cells if name != "DeltatuneError"), name
+
+
+def test_the_symptoms_are_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from tests.fit.tiny import backbone, task
+
+    monkeypatch.chdir(tmp_path)
+    on = backbone()
+    on.name = "minilm"
+    delta = dt.Delta.build(dt.parse("lora"), on, name="a")
+    delta.save("best")
+    rows = [f"text {i},{'ab'[i % 2]}" for i in range(20)]
+    Path("reviews.csv").write_text("\n".join(["text,label", *rows[:10], "text,", *rows[10:]]) + "\n")
+
+    def other_weights() -> None:
+        changed = backbone()
+        changed.name = "minilm"
+        with torch.no_grad():
+            next(changed.module.parameters()).add_(1)
+        dt.adapt(changed, delta)
+
+    def wrong_rows() -> None:
+        with dt.adapt(on, delta) as adapted:
+            adapted(**on.processor(["w1"] * 4, return_tensors="pt"), deltas=["a"] * 3)
+
+    def changed_file() -> None:
+        manifest = Path("best/delta.json")
+        manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 7'))
+        dt.Delta.load("best")
+
+    mistakes: dict[str, Callable[[], object]] = {
+        "UserError": lambda: dt.fit(on, "lora", task(), batch=0),
+        "UnknownName": lambda: find("lara"),
+        "DeltaExpressionError": lambda: dt.parse("lora | |"),
+        "SiteError": lambda: dt.LoRA(at="ffn.gate").sites(on),
+        "BackboneError": lambda: dt.load("minlm"),
+        "BackboneMismatch": other_weights,
+        "OutputError": lambda: delta.save("best"),
+        "DeltaFileError": changed_file,
+        "TaskError": lambda: dt.task("reviews.csv"),
+        "RoutingError": wrong_rows,
+    }
+    found = entries()
+    # The base is never raised by itself, and stopping has a status and no message.
+    assert {*mistakes} == {*found} - {"DeltatuneError", "Interrupted"}
+    for name, mistake in mistakes.items():
+        with pytest.raises(getattr(errors, name)) as caught:
+            mistake()
+        assert type(caught.value).__name__ == name
+        assert found[name][0].strip("`") in str(caught.value)
 
 
 def test_the_keys_of_the_file_format_are_those_that_are_written(tmp_path: Path) -> None:
