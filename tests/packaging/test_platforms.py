@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from tests.fit import tiny as small
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from deltatune.backbone.load import Backbone
 from deltatune.compose.expression import parse
@@ -117,7 +118,10 @@ def test_a_delta_goes_into_a_spawned_process(tmp_path: Path) -> None:
     assert torch.equal(torch.load(tmp_path / "there.pt"), here)
 
 
-class OnMPS(torch.Tensor):
+MPS, HERE = torch.device("mps"), torch.device("cpu")
+
+
+class OnMPS(Tensor):
     """A tensor that stands for one on Apple's device: whatever is computed from it is one, too, until it is fetched.
 
     It refuses what the device refuses: float64, and being read as an array of numpy without being fetched.
@@ -125,15 +129,35 @@ class OnMPS(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.numpy and isinstance(args[0], OnMPS):
+        if func == Tensor.device.__get__:  # type: ignore[attr-defined]
+            return MPS
+        if func is Tensor.numpy:
             raise TypeError("can't convert an mps tensor to numpy")
         result = super().__torch_function__(func, types, args, kwargs or {})
         target = {*map(str, args[1:]), *map(str, (kwargs or {}).values())}
         if func is Tensor.cpu or (func is Tensor.to and "cpu" in target):
-            return result.as_subclass(Tensor) if isinstance(result, Tensor) else result
+            return result.as_subclass(Tensor)
         if isinstance(result, OnMPS) and result.dtype == torch.float64:
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
         return result
+
+
+class Device(TorchFunctionMode):
+    """What is made on the device, or sent there, becomes its stand-in."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if not any(map(_is_device, (*args, given.get("device")))):
+            return func(*args, **given)
+        given = {name: HERE if _is_device(value) else value for name, value in given.items()}
+        # Sent as a plain tensor, so that being sent there is not taken for being fetched.
+        plain = [a.as_subclass(Tensor) if isinstance(a, OnMPS) else HERE if _is_device(a) else a for a in args]
+        result = func(*plain, **given)
+        return result.as_subclass(OnMPS).clone() if isinstance(result, Tensor) else result
+
+
+def _is_device(value: object) -> bool:
+    return isinstance(value, torch.device) and value == MPS
 
 
 def there(module: nn.Module) -> nn.Module:
@@ -151,6 +175,11 @@ def test_the_stand_in_refuses_what_the_device_refuses() -> None:
         with pytest.raises(TypeError, match=r"MPS|mps"):
             wrong()
     assert (x + 1).cpu().double().dtype == torch.float64
+    assert (x + 1).device == MPS
+    with Device():
+        assert isinstance(torch.ones(2, device=MPS), OnMPS) and isinstance(torch.ones(2).to(x.device), OnMPS)
+        with pytest.raises(TypeError, match="MPS"):
+            torch.ones(2, dtype=torch.float64, device=x.device)
 
 
 def numbers() -> Task:
@@ -173,18 +202,21 @@ def sets() -> Task:
 def test_a_fit_asks_nothing_of_mps_that_it_refuses(make: Callable[[], Task], tmp_path: Path) -> None:
     backbone = small.backbone()
     there(backbone.module)
-    (trained,) = fit_plans(backbone, [small.plan("lora(r=2) | prefix(n=2)", make(), steps=4, evaluations=2)])
+    plan = small.plan("lora(r=2) | prefix(n=2)", make(), steps=4, evaluations=2)
+    with Device():
+        (trained,) = fit_plans(backbone, [plan])
+        assert isinstance(backbone.module(**inputs("bert"))[0], OnMPS)
     assert trained.metrics["test"]
     trained.delta.save(str(tmp_path / "out"))
-    assert isinstance(backbone.module(**inputs("bert"))[0], OnMPS)
 
 
 def test_merging_and_blending_ask_nothing_of_mps_that_it_refuses() -> None:
     backbone = small.backbone()
     there(backbone.module)
-    deltas = [moved(Delta.build(parse("lora(r=2)"), backbone, seed=seed, name=str(seed))) for seed in (0, 1)]
-    for how in ("ties", "dare", "della", "breadcrumbs"):
-        there(blend([there(delta) for delta in deltas], backbone, how, rank=2))  # type: ignore[misc]
-    to_lora(deltas[0], backbone, energy=0.9)
-    merge(backbone, deltas[0]).unmerge()
-    assert deltas[0].norms()
+    with Device():
+        deltas = [moved(Delta.build(parse("lora(r=2)"), backbone, seed=seed, name=str(seed))) for seed in (0, 1)]
+        for how in ("ties", "dare", "della", "breadcrumbs"):
+            blend([there(delta) for delta in deltas], backbone, how, rank=2)  # type: ignore[misc]
+        to_lora(deltas[0], backbone, energy=0.9)
+        merge(backbone, deltas[0]).unmerge()
+        assert deltas[0].norms()
