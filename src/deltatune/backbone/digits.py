@@ -55,15 +55,15 @@ def make() -> dict[str, Any]:
     """
     target = _place()
     if (target / KEPT).is_file():
-        told: dict[str, Any] = json.loads((target / KEPT).read_text())
+        told: dict[str, Any] = json.loads((target / KEPT).read_text(encoding="utf-8"))
         return told
     model, told = _trained()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=target.parent))
     try:
         model.save_pretrained(work)
-        (work / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2))
-        (work / KEPT).write_text(json.dumps(told, indent=2))
+        (work / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2), encoding="utf-8")
+        (work / KEPT).write_text(json.dumps(told, indent=2), encoding="utf-8")
         try:
             os.rename(work, target)
         except OSError:  # another process was first

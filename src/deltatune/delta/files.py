@@ -93,7 +93,7 @@ def _write(delta: Delta, work: Path) -> None:
         "record": delta.record,
     }
     plain = json.loads(json.dumps(manifest, default=str))
-    (work / MANIFEST).write_text(json.dumps({**plain, SEAL: _seal(plain)}, indent=1) + "\n")
+    (work / MANIFEST).write_text(json.dumps({**plain, SEAL: _seal(plain)}, indent=1) + "\n", encoding="utf-8")
 
 
 def load(folder: str | Path, backbone: Backbone | None = None, *, verify: bool = True) -> Delta:
@@ -169,7 +169,7 @@ def _manifest(place: Path) -> dict[str, Any]:
         have = ", ".join(sorted(p.name for p in place.iterdir())[:6]) or "nothing"
         raise DeltaFileError(f"{place} is no saved delta: it lacks {' and '.join(lacking)} and holds {have}")
     try:
-        manifest = json.loads((place / MANIFEST).read_text())
+        manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DeltaFileError(f"{place / MANIFEST} is not JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -225,7 +225,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield work
         for file in work.rglob("*"):
             if file.is_file():
-                with file.open("rb") as stream:
+                with file.open("r+b") as stream:  # Windows flushes only what is open for writing
                     os.fsync(stream.fileno())
         os.chmod(work, 0o755)
         if target.exists():

@@ -29,7 +29,7 @@ def push(delta: Delta, repo: str, *, private: bool = False, message: str = "") -
     address(repo)
     with tempfile.TemporaryDirectory() as folder, _in_one_line(f"cannot push to {repo}", OutputError):
         save_into(delta, Path(folder))
-        (Path(folder) / "README.md").write_text(card(delta, repo))
+        (Path(folder) / "README.md").write_text(card(delta, repo), encoding="utf-8")
         hub = HfApi()
         hub.create_repo(repo, private=private or None, exist_ok=True)
         made = hub.upload_folder(repo_id=repo, folder_path=folder, commit_message=message or f"deltatune: {delta.spec}")

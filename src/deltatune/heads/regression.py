@@ -60,5 +60,5 @@ class Regression(Pooled):
         return weighted_mean((scores - target).square(), row_weights(batch, scores))
 
     def decode(self, scores: Tensor, batch: Batch) -> tuple[list[Any], list[float]]:
-        values = (scores[:, 0].double() * self.spread + self.centre).tolist()
+        values = (scores[:, 0].cpu().double() * self.spread + self.centre).tolist()
         return values, [1.0] * len(values)

@@ -50,4 +50,4 @@ def save(delta: Delta, backbone: Backbone, folder: Path, limit: int) -> None:
 
 
 def _write(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -267,7 +267,7 @@ def write_json(file: Path, data: Any) -> None:
     """Write a JSON file whole or not at all. OutputError if it cannot be written."""
     from deltatune.training.checkpoint import whole_file
 
-    with whole_file(file) as work, work.open("w") as stream:
+    with whole_file(file) as work, work.open("w", encoding="utf-8") as stream:
         json.dump(data, stream, indent=1, default=str)
 
 

@@ -147,9 +147,9 @@ def settled(place: Path | None, budget: Budget, measure: Callable[[], Means]) ->
     if not file.is_file():
         means = measure()
         with checkpoint.whole_file(file) as work:
-            work.write_text(json.dumps(asdict(means)))
+            work.write_text(json.dumps(asdict(means)), encoding="utf-8")
         return means
-    began = Means(**json.loads(file.read_text()))
+    began = Means(**json.loads(file.read_text(encoding="utf-8")))
     if began.budget != budget.seconds:
         raise OutputError(
             f"{place.parent} holds an unfinished search of {began.budget:g} s; finish that one with its own "

@@ -155,7 +155,7 @@ def whole_file(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield work
-        with work.open("rb") as stream:
+        with work.open("r+b") as stream:  # Windows flushes only what is open for writing
             os.fsync(stream.fileno())
         os.replace(work, target)
     except (OSError, SafetensorError) as error:  # the latter: its message for a full disk

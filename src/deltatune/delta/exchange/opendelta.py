@@ -58,7 +58,7 @@ DELTAS = re.compile(
 def recognised(folder: Path) -> bool:
     """Say whether a folder is OpenDelta's: its `config.json` says so, which a network's own does not."""
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and ("opendelta_version" in config or "delta_type" in config)
@@ -70,7 +70,7 @@ def read(folder: Path, backbone: Backbone) -> Delta:
     DeltaFileError for a folder that is damaged or does not fit, and for an option or tensor without a counterpart.
     """
     where = str(folder)
-    config = json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     kind = str(config.get("delta_type"))
     if kind not in READERS:
         said = f" ({UNREAD[kind]})" if kind in UNREAD else ""

@@ -152,7 +152,7 @@ def _held(place: Path) -> PeftFolder:
         )
         raise DeltaFileError(f"{place} lacks {TENSORS}{fix}")
     try:
-        config = json.loads((place / CONFIG).read_text())
+        config = json.loads((place / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DeltaFileError(f"{place / CONFIG} is not JSON: {error}") from error
     if not isinstance(config, dict):
@@ -220,5 +220,5 @@ def write(made: PeftFolder, folder: str | Path) -> Path:
         raise OutputError(f"{target} exists already; choose another place or remove it")
     with whole_folder(target) as work:
         save_file(made.tensors, work / TENSORS, metadata={"format": "pt"})
-        (work / CONFIG).write_text(json.dumps(made.config, indent=2, sort_keys=True))
+        (work / CONFIG).write_text(json.dumps(made.config, indent=2, sort_keys=True), encoding="utf-8")
     return target
