@@ -190,7 +190,7 @@ def build(family: str, experts_implementation: str = "eager") -> nn.Module:
         for parameter in model.parameters():
             if parameter.ndim == 1 or not parameter.any():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
-            elif parameter.std() < 0.03:  # at the default 0.02 the blocks do next to nothing
+            elif parameter.numel() > 1 and parameter.std() < 0.03:  # at the default 0.02 the blocks do next to nothing
                 parameter.mul_(5.0)
     made: nn.Module = model.eval()
     return made

@@ -416,6 +416,14 @@ def test_tables_of_positions_are_weights_where_they_are_learned(family: str) -> 
     assert found == (kept if family in ("bart", "bert") else set())
 
 
+@pytest.mark.parametrize("family", ["dinov2", "hubert"])
+def test_stand_ins_for_what_is_hidden_in_pre_training_are_no_weights(family: str) -> None:
+    backbone = Backbone(build(family))
+    stand_ins = [path for path, _ in backbone.module.named_parameters() if "mask" in path]
+    assert stand_ins
+    assert not set(stand_ins) & set(backbone.anatomy.parameters.values())
+
+
 def test_at_most_a_tenth_of_the_sites_is_out_of_reach(subject: Subject) -> None:
     names = {site.name for site in subject.anatomy.sites}
     missing = [name for at, name in declared() if at == subject.family]

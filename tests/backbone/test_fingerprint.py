@@ -129,3 +129,19 @@ def test_scalar_and_empty_tensors_do_no_harm() -> None:
     module.get_submodule("embeddings.LayerNorm").register_parameter("temperature", nn.Parameter(torch.tensor(1.0)))
     assert verdict(module, copy.deepcopy(module)) == "same"
     assert verdict(module, tiny("bert")) == "different"
+
+
+def test_a_copy_has_weights_of_its_own_and_what_is_known_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = Backbone(tiny("t5"))
+    wanted = backbone.fingerprint()
+    monkeypatch.setattr("deltatune.backbone.load.find_anatomy", None)  # neither is worked out again
+    with monkeypatch.context() as once:
+        once.setattr("deltatune.backbone.load.fingerprint", None)
+        copied = backbone.copy()
+        assert copied.anatomy.sites == backbone.anatomy.sites
+        assert copied.fingerprint() == wanted
+    with torch.no_grad():
+        copied.module.get_parameter("shared.weight")[5, 5] += 1
+    assert compare(copied.fingerprint(), wanted) == "different"
+    assert backbone.fingerprint() == wanted == Backbone.fingerprint(backbone)
+    assert not {p.data_ptr() for p in backbone.module.parameters()} & {p.data_ptr() for p in copied.module.parameters()}

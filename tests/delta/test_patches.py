@@ -95,9 +95,12 @@ def test_a_visual_prompt_has_gradients_and_starts_from_its_seed() -> None:
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(PROMPTED)))
 def test_a_network_that_takes_no_prompt_says_so(family: str) -> None:
     backbone = Backbone(network(family))
-    delta = Delta.build(parse("prompt(n=2)"), backbone, name="a")
-    with pytest.raises(SiteError, match="takes no prompt: one stands after a token for the whole image"):
-        Adapted(backbone, [delta])
+    wanted = "takes no prompt: one stands among embeddings of text, or in one stack of blocks after a token for the"
+    with pytest.raises(SiteError, match=wanted):
+        Delta.build(parse("prompt(n=2)"), backbone, name="a")
+    made_elsewhere = Delta(parse("prompt(n=2)"), [(0, backbone.anatomy.by_key["encoder.embed"])], name="a")
+    with pytest.raises(SiteError, match=wanted):
+        Adapted(backbone, [made_elsewhere])
     assert not backbone.module._forward_hooks
 
 

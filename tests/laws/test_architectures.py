@@ -33,8 +33,9 @@ ONE_LENGTH = (*PADDING_MATTERS, "siglip")
 AT_OTHER_PADDING = ("many_is_alone", "padding_left_out_changes_nothing", FIFTY_STEPS)
 # Attention computes in float32, whatever the weights are; XGLM's mask has a number that float64 turns into infinity.
 SINGLE = ("bloom", "codegen", "gemma2", "gpt_neo", "gptj", "longt5", "mpt", "splinter", "xglm")
-# Training magnifies rounding there: weights are 1e-13 apart after one step, 2e-11 after ten, 6e-7 after fifty.
-STEEP = ("marian",)
+# Training magnifies rounding there: weights are 1e-13 apart after one step, 2e-11 after ten, 6e-7 after fifty (Marian);
+# 6e-17, 4e-15 and 1e-9 (HuBERT).
+STEEP = ("marian", "hubert")
 GENERATION = ("generates_as_alone", "cached_is_recomputed")
 # Attention there asks transformers for no function, or (LongT5, MVP) some of it does not: nothing can be put into it.
 NO_PREFIX = (

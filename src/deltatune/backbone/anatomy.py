@@ -26,6 +26,7 @@ from deltatune.backbone.synonyms import (
     OUT_OF_REACH,
     PATCHES,
     PLAIN_NORM,
+    STAND_INS,
     UNFOUND,
 )  # fmt: skip
 from deltatune.errors import SiteError
@@ -137,7 +138,7 @@ def _canonical(model: nn.Module, sites: list[Site], trunk_path: str) -> dict[str
     found: dict[str, str] = {}
     for path, parameter in model.named_parameters():
         module, _, leaf = path.rpartition(".")
-        if COMPUTED.search(type(model.get_submodule(module)).__name__):
+        if leaf in STAND_INS or COMPUTED.search(type(model.get_submodule(module)).__name__):
             continue
         key = owner.get(id(parameter))
         if key is None:

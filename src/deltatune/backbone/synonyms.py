@@ -61,6 +61,8 @@ TOWERS = {"text_model": "text", "vision_model": "vision"}
 BESIDE = re.compile(r"(^|\.)(pooler|head|lm_head|classifier|\w+_head)(\.|$)")
 # Classes of tables that are computed and never learn, though they are kept as parameters.
 COMPUTED = re.compile(r"Sinusoidal")
+# What stands in for hidden patches or frames in pre-training; otherwise nothing reads it, so it learns nothing.
+STAND_INS = ("mask_token", "masked_spec_embed")
 
 # Data rows, by model type. Decoders that say so on no module:
 CAUSAL = ("bloom", "codegen", "gpt_neox_japanese", "mpt", "xglm")

@@ -150,11 +150,12 @@ class Subject:
     def cut(self, output: Any, rows: Sequence[Row]) -> list[Tensor]:
         """The output of each row [its own length, width]: logits, or hidden states where there are none.
 
-        A pooled vector of an image is one position more. Of two towers, the two vectors [2 * width] of the row: their
-        logits compare it with the other rows.
+        A pooled vector of an image is one position more. Of two towers, the row's two vectors and how near they
+        are [2 * width + 1]: the other logits compare it with the other rows.
         """
         if "text_embeds" in output:
-            return list(torch.cat([output.text_embeds, output.image_embeds], dim=-1))
+            near = output.logits_per_text.diagonal()[:, None]
+            return list(torch.cat([output.text_embeds, output.image_embeds, near], dim=-1))
         values = getattr(output, "logits", None)
         values = output.last_hidden_state if values is None else values
         if "pooler_output" in output and not self.reads_tokens:
