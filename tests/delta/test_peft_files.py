@@ -116,6 +116,7 @@ OFTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", dict(target_modules="all-linear", oft_block_size=16, block_share=True, use_cayley_neumann=False)),
     ("llama", dict(target_modules=["q_proj"], oft_block_size=4, num_cayley_neumann_terms=3)),
     ("t5", dict(target_modules=["q", "v"], oft_block_size=8, layers_to_transform=[1])),
+    ("bert", dict(target_modules=["key"], oft_block_size=24)),  # as near to 16 as to 32: PEFT takes the smaller
 ]  # fmt: skip
 
 

@@ -14,9 +14,10 @@ from deltatune.compose.expression import parse
 from deltatune.delta import bank
 from deltatune.delta.adapted import Adapted
 from deltatune.delta.delta import Delta
+from deltatune.delta.layer import own_params
 from deltatune.errors import SiteError
 from deltatune.laws.families import FAMILIES, inputs, tiny
-from deltatune.methods.reparameterization.dora import DoRA
+from deltatune.methods.reparameterization.dora import DoRA, DoRALayer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,12 +58,27 @@ def test_the_weight_is_read_once_a_call_where_nothing_learns(monkeypatch: pytest
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dora_starts_at_the_backbone_under_autocast(family: str) -> None:
-    """Lengths summed up in bfloat16 would be off by a hundredth."""
     on = Backbone(tiny(family))
     model = Adapted(on, [Delta.build(DoRA(), on, name="one")])
     with torch.autocast("cpu", torch.bfloat16):
         fresh, bare = (model(**inputs(family), deltas=name)[0] for name in ("one", None))
     assert torch.equal(fresh, bare)
+
+
+@torch.no_grad()
+def test_autocast_does_not_round_the_lengths() -> None:
+    """Rows of the length that they are trained to have keep it: sums in bfloat16 would be off by a hundredth."""
+    model = adapted("dora(r=2)", Backbone(tiny("bert")))
+    for site, layer in model.bank["one"].at_sites():
+        assert isinstance(layer, DoRALayer)
+        weight, _ = read_linear(linear_at(model.backbone, site), site)
+        layer.m.copy_(layer.lengths(own_params(layer, torch.float32), weight)[0, 0])
+        call, place = model.call(1, "one"), (site.key, "output")
+        (run,) = call.plan.rounds(place)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            params = model.bank.params(call, place, run, torch.bfloat16)
+        assert params.gain.dtype == torch.bfloat16
+        assert float(params.gain.abs().max()) < 1e-6
 
 
 def test_a_row_of_zeros_stays_one() -> None:
