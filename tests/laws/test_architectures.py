@@ -33,6 +33,8 @@ AT_OTHER_PADDING = ("many_is_alone", "padding_left_out_changes_nothing", FIFTY_S
 SINGLE = ("bloom", "codegen", "gemma2", "gpt_neo", "gptj", "longt5", "mpt", "splinter", "xglm")
 # Training magnifies rounding there: weights are 1e-13 apart after one step, 2e-11 after ten, 6e-7 after fifty.
 STEEP = ("marian",)
+# Norms compute in float32 there, so that what is written into one is rounded otherwise than what acts behind it.
+SINGLE_NORMS = ("cohere", "cohere2", "gemma", "gemma3_text", "helium")
 READ_TEXT = tuple(f for f in ALL if kind(f) in ("text", "causal", "seq2seq") and f not in UNDER_ALL_LAWS)
 # Laws in which several deltas have rows of one call.
 MIXED = {law for law, method, _ in exemptions() if method == "full"}
@@ -92,11 +94,12 @@ def test_the_covering_set_is_pairwise() -> None:
 @pytest.mark.parametrize(("law", "method", "family"), parameters())
 @pytest.mark.filterwarnings("ignore:delta .* was trained on the same backbone")
 def test_law_holds(law: str, method: str, family: str) -> None:
+    single = family in SINGLE or (law == "merges_as_declared" and method == "lntuning" and family in SINGLE_NORMS)
     subject = Subject(
         SPECS[method],
         backbone(family),
         length=7 if family in PADDING_MATTERS else None,
-        dtype=torch.float32 if family in SINGLE else torch.float64,
+        dtype=torch.float32 if single else torch.float64,
     )
     if not stands(method, family):
         with pytest.raises(SiteError):

@@ -109,6 +109,12 @@ def write_lora_and_tables(
     delta: Delta, bound: Mapping[str, Site], backbone: Backbone
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return config and tensors of LoRAs at linears and tables. UserError as for linears, and for two at a table."""
+    within = next((site for site in bound.values() if site.inside), None)
+    if within is not None:
+        raise UserError(
+            f"{delta.name!r} has one LoRA for all experts at {within.key!r}; PEFT's target_parameters have one for "
+            f"each, and one A for gate and up"
+        )
     at_table = {address: site for address, site in bound.items() if site.words}
     beside = {address: site for address, site in bound.items() if not site.words}
     if not at_table:
