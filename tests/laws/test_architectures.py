@@ -70,10 +70,9 @@ def cases() -> dict[tuple[str, str, str], bool]:
     """Law, method and family of each case -> whether it is in the covering set."""
     found = {}
     for number, family in enumerate(READ_TEXT):
-        for place, law in enumerate(LAWS):
+        for place, law in enumerate(law for law in LAWS if has_meaning(law, family)):
             for index, method in enumerate(METHODS):
-                if has_meaning(law, family):
-                    found[law, method, family] = index == (number + place) % len(METHODS)
+                found[law, method, family] = index == (number + place) % len(METHODS)
     return found
 
 
