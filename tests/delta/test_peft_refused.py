@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from tests.backbone.families import GROUPED, build
 from tests.delta.test_peft_files import theirs_in
 from torch import nn
@@ -18,7 +19,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.compose.expression import parse
 from deltatune.delta.adapted import adapt
 from deltatune.delta.delta import Delta
-from deltatune.delta.exchange.peft import export
+from deltatune.delta.exchange.peft import TENSORS, export
 from deltatune.delta.exchange.vllm import export_for_vllm
 from deltatune.delta.merge import merge
 from deltatune.errors import BackboneMismatch, DeltaFileError, SiteError, UserError
@@ -96,6 +97,23 @@ def test_a_table_of_another_size_is_refused(tmp_path: Path) -> None:
     delta = Delta.build(parse("lora(at='embed')"), Backbone(tiny("bert")))
     with pytest.raises(BackboneMismatch, match="needs a table of 99 tokens, 'BertModel' has one of 101"):
         adapt(larger, delta, verify=False)
+
+
+@pytest.mark.parametrize("lacking", ["lora_A", "lora_embedding_A", "lora_embedding"])
+def test_half_a_lora_is_refused(tmp_path: Path, lacking: str) -> None:
+    """Of the linears nothing, of the table one tensor, of the table nothing."""
+    theirs_in(tmp_path / "theirs", "bert", peft.LoraConfig(target_modules=["query", "word_embeddings"]))
+    file = tmp_path / "theirs" / TENSORS
+    kept = {
+        key: tensor
+        for key, tensor in load_file(file).items()
+        if lacking not in key and not (lacking == "lora_A" and "lora_B" in key)
+    }
+    save_file(kept, file)
+    with pytest.raises(
+        DeltaFileError, match=r"lacks (tensors for|'base_model.model.embeddings.word_embeddings.lora_e)"
+    ):
+        Delta.load(str(tmp_path / "theirs"), Backbone(tiny("bert")))
 
 
 def test_vllm_is_not_given_a_lora_at_the_table() -> None:
