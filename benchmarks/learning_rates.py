@@ -35,9 +35,9 @@ RATES = {
     "oft": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "parallel_adapter": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     "prefix": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "ptuning": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "ptuning": (3e-4, 1e-3, 3e-3),
     "prompt": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "trainabletokens": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "trainabletokens": (3e-4, 1e-3, 3e-3),
     "vera": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 }
 

@@ -10,7 +10,8 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from tests.backbone.families import GROUPED
+from safetensors.torch import load_file, save_file
+from tests.backbone.families import GROUPED, build
 from tests.delta.test_peft_files import theirs_in
 from torch import nn
 
@@ -18,7 +19,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.compose.expression import parse
 from deltatune.delta.adapted import adapt
 from deltatune.delta.delta import Delta
-from deltatune.delta.exchange.peft import export
+from deltatune.delta.exchange.peft import TENSORS, export
 from deltatune.delta.exchange.vllm import export_for_vllm
 from deltatune.delta.merge import merge
 from deltatune.errors import BackboneMismatch, DeltaFileError, SiteError, UserError
@@ -98,6 +99,23 @@ def test_a_table_of_another_size_is_refused(tmp_path: Path) -> None:
         adapt(larger, delta, verify=False)
 
 
+@pytest.mark.parametrize("lacking", ["lora_A", "lora_embedding_A", "lora_embedding"])
+def test_half_a_lora_is_refused(tmp_path: Path, lacking: str) -> None:
+    """Of the linears nothing, of the table one tensor, of the table nothing."""
+    theirs_in(tmp_path / "theirs", "bert", peft.LoraConfig(target_modules=["query", "word_embeddings"]))
+    file = tmp_path / "theirs" / TENSORS
+    kept = {
+        key: tensor
+        for key, tensor in load_file(file).items()
+        if lacking not in key and not (lacking == "lora_A" and "lora_B" in key)
+    }
+    save_file(kept, file)
+    with pytest.raises(
+        DeltaFileError, match=r"lacks (tensors for|'base_model.model.embeddings.word_embeddings.lora_e)"
+    ):
+        Delta.load(str(tmp_path / "theirs"), Backbone(tiny("bert")))
+
+
 def test_vllm_is_not_given_a_lora_at_the_table() -> None:
     backbone = Backbone(tiny("llama"))
     with pytest.raises(UserError, match="LoRA at the table of embeddings, which is not written for vLLM"):
@@ -123,3 +141,16 @@ def test_a_prompt_network_of_an_encoder_is_refused() -> None:
 def test_mistakes(text: str, said: str) -> None:
     with pytest.raises(SiteError, match=re.escape(said)):
         Delta.build(parse(text), Backbone(tiny("bert")))
+
+
+def test_a_lora_for_each_expert_is_refused_and_one_for_all_is_not_written(tmp_path: Path) -> None:
+    model = build("mixtral")
+    config = peft.LoraConfig(target_modules=[], target_parameters=["experts.down_proj"], task_type="CAUSAL_LM")
+    folder = saved(build("mixtral"), config, tmp_path / "theirs")
+    with pytest.raises(DeltaFileError, match="a LoRA for each expert of a mixture; here a delta has one for all"):
+        Delta.load(folder, Backbone(model))
+    delta = moved(Delta.build(parse("lora(at='attn.q ffn.down')"), Backbone(model)))
+    with pytest.raises(
+        UserError, match="has one LoRA for all experts at 'decoder.0.ffn.down'; PEFT's target_parameters"
+    ):
+        export(delta, Backbone(model))

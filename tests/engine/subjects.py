@@ -16,7 +16,7 @@ from deltatune.laws.subject import Row, Subject, gradients, made, score
 
 SPECS = (
     "lora(r=2)", "adapter(m=3)", "prefix(n=3)", "prompt(n=3)", "ia3", "bitfit", "dora(r=2)", "oft(b=8)",
-    "lora(r=2) | prefix(n=2) | ia3",
+    "lora(r=2, at='embed')", "lora(r=2) | prefix(n=2) | ia3",
 )  # fmt: skip
 
 

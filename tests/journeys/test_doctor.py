@@ -50,6 +50,18 @@ def test_untrained(run: Run, encoder: Path) -> None:
     assert "→" in shown
 
 
+@pytest.mark.parametrize("text", ["lora(at='embed')", "trainabletokens(tokens='-2:')"])
+def test_a_table_is_tried_with_every_token(run: Run, encoder: Path, text: str) -> None:
+    delta = dt.Delta.build(dt.parse(text), dt.load(str(encoder)))
+    delta.save("fresh")
+    assert "at-identity" in codes(run, "fresh")
+    with torch.no_grad():
+        for parameter in delta.layers.parameters():
+            parameter.add_(0.1)
+    delta.save("trained")
+    assert "at-identity" not in codes(run, "trained")
+
+
 def test_partly_untrained(run: Run, lora: Path) -> None:
     delta = read(lora)
     delta.layers["0/encoder:1:attn:v"].B.data.zero_()  # type: ignore[union-attr, operator]

@@ -36,6 +36,8 @@ SINGLE = ("bloom", "codegen", "gemma2", "gpt_neo", "gptj", "longt5", "mpt", "spl
 # Training magnifies rounding there: weights are 1e-13 apart after one step, 2e-11 after ten, 6e-7 after fifty (Marian);
 # 6e-17, 4e-15 and 1e-9 (HuBERT).
 STEEP = ("marian", "hubert")
+# Norms compute in float32 there, so that what is written into one is rounded otherwise than what acts behind it.
+SINGLE_NORMS = ("cohere", "cohere2", "gemma", "gemma3_text", "helium")
 GENERATION = ("generates_as_alone", "cached_is_recomputed")
 # Attention there asks transformers for no function, or (LongT5, MVP) some of it does not: nothing can be put into it.
 NO_PREFIX = (
@@ -93,10 +95,9 @@ def cases() -> dict[tuple[str, str, str], bool]:
     """Law, method and family of each case -> whether it is in the covering set."""
     found = {}
     for number, family in enumerate(FAMILIES):
-        for place, law in enumerate(LAWS):
+        for place, law in enumerate(law for law in LAWS if has_meaning(law, family)):
             for index, method in enumerate(METHODS):
-                if has_meaning(law, family):
-                    found[law, method, family] = index == (number + place) % len(METHODS)
+                found[law, method, family] = index == (number + place) % len(METHODS)
     return found
 
 
@@ -117,11 +118,12 @@ def test_the_covering_set_is_pairwise() -> None:
 @pytest.mark.parametrize(("law", "method", "family"), parameters())
 @pytest.mark.filterwarnings("ignore:delta .* was trained on the same backbone")
 def test_law_holds(law: str, method: str, family: str) -> None:
+    single = family in SINGLE or (law == "merges_as_declared" and method == "lntuning" and family in SINGLE_NORMS)
     subject = Subject(
         SPECS[method],
         backbone(family),
         length=7 if family in ONE_LENGTH else None,
-        dtype=torch.float32 if family in SINGLE else torch.float64,
+        dtype=torch.float32 if single else torch.float64,
         given={name: tuple(x.shape[1:]) for name, x in inputs(family).items() if x.is_floating_point()},
     )
     if not stands(method, family):

@@ -122,7 +122,7 @@ def _at_rest(delta: Delta) -> Iterator[Finding]:
 
 
 def change(layer: Layer, site: Site) -> float:
-    """Return the largest change that an activation layer makes to a random input."""
+    """Return the largest change that an activation layer makes to a random input, or to any token of a table."""
     import torch
 
     from deltatune.delta.layer import Params
@@ -130,10 +130,15 @@ def change(layer: Layer, site: Site) -> float:
     tensors = {name: layer.get_parameter(name).detach().float()[None] for name in layer.names()}
     params = Params({name: t[:, None] if t.ndim == 2 else t for name, t in tensors.items()})
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 5, site.d_in, generator=draw)
-    h = x if layer.port == "input" else torch.randn(1, 5, site.d_out, generator=draw)
-    with torch.no_grad():
-        return float((layer(params, x if layer.reads_input else None, h) - h).abs().max())
+    entries = [torch.randn(1, 5, site.d_in, generator=draw)]
+    if layer.reads_ids:
+        entries = list(torch.arange(site.words)[None, :, None].split(4096, dim=1))
+    found = 0.0
+    for x in entries:
+        h = x if layer.port == "input" else torch.randn(1, x.shape[1], site.d_out, generator=draw)
+        with torch.no_grad():
+            found = max(found, float((layer(params, x if layer.reads_input else None, h) - h).abs().max()))
+    return found
 
 
 def _uneven(delta: Delta) -> Iterator[Finding]:

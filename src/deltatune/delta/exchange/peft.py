@@ -81,7 +81,7 @@ WORDS = {
     "module_dropout": "OFT's dropout of whole blocks",
     "loftq_config": "LoftQ: it belongs to weights that it quantised itself",
     "layer_replication": "blocks that the backbone has not",
-    "target_parameters": "a LoRA on parameters that are no linear, as experts are",
+    "target_parameters": "a LoRA for each expert of a mixture; here a delta has one for all experts of a block",
     "lora_bias": "biases of the LoRA itself",
     "alora_invocation_tokens": "aLoRA: it acts from certain tokens on",
 }

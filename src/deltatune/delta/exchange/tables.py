@@ -21,7 +21,7 @@ from deltatune.delta.assemble import Member, Part, assembled, members_of
 from deltatune.delta.delta import Delta
 from deltatune.delta.exchange.dora import read_lora_or_dora
 from deltatune.delta.exchange.places import Naming, named, same_modules, shortest, site_less, targets
-from deltatune.delta.exchange.thin import PREFIX, by_pattern, whole, without_own_weights, write_lora
+from deltatune.delta.exchange.thin import PREFIX, STARTS, by_pattern, whole, without_own_weights, write_lora
 from deltatune.delta.method import members
 from deltatune.errors import DeltaFileError, UserError
 
@@ -40,9 +40,11 @@ def read_lora_and_tables(
     rest = {key: tensor for key, tensor in tensors.items() if key not in rows | thin}
     paths = sorted({key.removeprefix(PREFIX).removesuffix(A).removesuffix(B) for key in thin})
     made = [_table_lora(config, path, thin, backbone, where) for path in paths]
-    # The rest is a file of its own, in which the tables are not selected.
-    if rest or not made:
+    if rest or not made:  # a file of its own, in which the tables are not selected
         made = [*read_lora_or_dora(_without(config, paths), rest, backbone, where), *made]
+    else:
+        have = {part.site.exit for member in made for part in member.parts}
+        same_modules(have, config, Naming(backbone, paths), backbone, where)
     if config.get("trainable_token_indices"):
         made.append(_beside(config["trainable_token_indices"], rows, backbone, where))
     elif rows:
@@ -63,6 +65,8 @@ def _table_lora(
     site = _table(path, backbone, where)
     if not targets(config)(path):
         raise DeltaFileError(f"{where} has tensors for {path!r}, which its target_modules do not select")
+    if config.get("init_lora_weights") not in STARTS:
+        raise DeltaFileError(f"{where} has init_lora_weights={config['init_lora_weights']!r} at the table {path!r}")
     if config.get("use_dora"):
         raise DeltaFileError(f"{where} has DoRA at the table {path!r}, which has no counterpart here; a LoRA there has")
     if config.get("ensure_weight_tying") and _shares(backbone):
@@ -110,6 +114,12 @@ def write_lora_and_tables(
     delta: Delta, bound: Mapping[str, Site], backbone: Backbone
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return config and tensors of LoRAs at linears and tables. UserError as for linears, and for two at a table."""
+    within = next((site for site in bound.values() if site.inside), None)
+    if within is not None:
+        raise UserError(
+            f"{delta.name!r} has one LoRA for all experts at {within.key!r}; PEFT's target_parameters have one for "
+            f"each, and one A for gate and up"
+        )
     at_table = {address: site for address, site in bound.items() if site.words}
     beside = {address: site for address, site in bound.items() if not site.words}
     if not at_table:

@@ -26,7 +26,7 @@ class TrainableTokens(Method):
 
     family: ClassVar[Family] = "specification"
     paper: ClassVar[str] = "arXiv:1910.11856"
-    lr: ClassVar[float] = 1e-2
+    lr: ClassVar[float] = 3e-4
 
     tokens: str = ":"
     at: str = "embed"
