@@ -170,6 +170,7 @@ def main() -> None:
     made.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     made.add_argument("--delta", default="lora")
     made.add_argument("--rates", nargs="*", default=list(FACTORS), choices=list(FACTORS), help="of the default rate")
+    made.add_argument("--stored", action="store_true", help="measure nothing, tell what is stored")
     made.add_argument("--limits", nargs=3, type=int, help="most rows of train, dev and test")
     options = made.parse_args()
     rows, backbone = Rows(NAME, options), load("minilm")
@@ -199,17 +200,22 @@ def of_kind(
             "kind": name, "what": what, "delta": options.delta, "task": task.fingerprint,
             "settings": measured.settings.record(),
         }  # fmt: skip
+        if not rows.matching(**key) and options.stored:
+            continue
         if not rows.matching(**key):
             rows.add({**key, **measure(what, options.delta, task, measured, backbone)})
             print(name, what, rows.rows[-1].get("curve"), flush=True)
         found[what] = rows.matching(**key)[-1]
+    rates = [what for what in FACTORS if what in found]
+    if not rates:
+        return []
     gold = references(task.kind, task.test)
-    tests = {what: score(task.metric, found[what]["found"], gold, task.labels) for what in sides}
-    rival = max((what for what in sides if what not in FACTORS), key=lambda what: tests[what])
-    chosen = max(options.rates, key=lambda what: found[what]["dev"])
+    tests = {what: score(task.metric, found[what]["found"], gold, task.labels) for what in found}
+    rival = max((what for what in found if what not in FACTORS), key=lambda what: tests[what])
+    chosen = max(rates, key=lambda what: found[what]["dev"])
     lines = []
     result[name] = {"task": measured.data, "metric": task.metric, "rival": rival, "chosen": chosen, "sides": {}}
-    for what in sides:
+    for what in found:
         own, gain = compared(task, found[what]["found"], found[rival]["found"])
         dev = found[what].get("dev")
         result[name]["sides"][what] = {"dev": dev, "test": own._asdict(), "gain": gain._asdict()}
