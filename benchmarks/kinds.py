@@ -5,15 +5,17 @@ Run as: .venv/bin/python benchmarks/kinds.py [--data FOLDER] [--kinds span choic
 A third of the delta's default rate, the default and three times it; beside them the best constant and the head alone, and
 for pairs with a value the cosine of the frozen backbone's vectors. The rate is chosen on dev; test rows give the intervals.
 Each training is a row that is kept, so a stopped run goes on. `--data` is a folder of the tasks that KINDS names, each a
-folder of train, dev and test files: the STS benchmark, SNLI's entailed pairs with a contradiction as the negative, XQuAD
-(English) with the answer's sentence for a context, CoNLL-2004's sentences with the types of their entities, and Social
-IQa's dev part cut anew.
+folder of train, dev and test files: the STS benchmark, SNLI's entailed pairs with a contradiction as the negative, what is
+said in War and Peace with what stands around it, XQuAD (English) with the answer's sentence for a context, CoNLL-2004's
+sentences with the types of their entities, and Social IQa's dev part cut anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gzip
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,6 +59,9 @@ KINDS = {
         "stsb_en", "pair_regression", (1000, 200, 1000), Settings(epochs=3, evaluations=3), {"value": "label"}
     ),
     "embedding": Measured("pairs_snli", "embedding", (300, 100, 386), Settings(epochs=2, evaluations=2)),
+    "retrieval": Measured(
+        "quote_literary_en", "embedding", (300, 100, 500), Settings(epochs=2, evaluations=2, max_length=64)
+    ),
     "span": Measured("xquad_en", "extractive_span", (500, 100, 295), Settings(epochs=3, evaluations=2)),
     "multi_label": Measured("conll04_ner", "multi_label", (300, 100, 288), Settings(epochs=3, evaluations=2)),
     "choice": Measured("social_iqa_dev_resplit", "multiple_choice", (300, 100, 390), Settings(epochs=1, evaluations=2)),
@@ -65,6 +70,8 @@ KINDS = {
 
 def task_of(measured: Measured, folder: Path) -> Task:
     """Load a kind's task: of a paragraph the sentence of the answer, of tags the types of the entities named."""
+    if measured.data == "quote_literary_en":
+        return said(folder / measured.data, measured).limited(*measured.limits)
     made = load_task(
         folder / measured.data,
         kind="token_classification" if measured.kind == "multi_label" else measured.kind,
@@ -91,6 +98,17 @@ def sentence(row: Row) -> Row:
         "context": row["context"][first:last],
         "answers": [{**one, "start": one["start"] - first} for one in inside],
     }
+
+
+def said(folder: Path, measured: Measured) -> Task:
+    """Return what is said, to be found by what stands before and behind it."""
+    splits: dict[str, list[Row]] = {}
+    for split in SPLITS:
+        with gzip.open(folder / f"{split}.jsonl.gz", "rt", encoding="utf-8") as stream:
+            rows = [json.loads(line) for line in stream]
+        around = [(f"{row['context_left']} {row['context_right']}".strip(), row["quote"]) for row in rows]
+        splits[split] = [{"anchor": anchor, "positive": quote} for anchor, quote in around if anchor]
+    return Task(measured.data, "embedding", "mrr_at_10", splits["train"], splits["dev"], splits["test"])
 
 
 def named(row: Row) -> Row:
@@ -151,6 +169,8 @@ def main() -> None:
     made.add_argument("--data", type=Path, default=TASKS, help="folder of the tasks")
     made.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     made.add_argument("--delta", default="lora")
+    made.add_argument("--rates", nargs="*", default=list(FACTORS), choices=list(FACTORS), help="of the default rate")
+    made.add_argument("--stored", action="store_true", help="measure nothing, tell what is stored")
     made.add_argument("--limits", nargs=3, type=int, help="most rows of train, dev and test")
     options = made.parse_args()
     rows, backbone = Rows(NAME, options), load("minilm")
@@ -173,24 +193,29 @@ def of_kind(
     """Measure what is lacking of a kind, add it to the result, and return its lines of the table."""
     measured = KINDS[name]
     task = task_of(measured, options.data).limited(*(options.limits or (None, None, None)))
-    sides = [one for one in FREE if one != "cosine" or task.kind == "pair_regression"] + list(FACTORS)
+    sides = [one for one in FREE if one != "cosine" or task.kind == "pair_regression"] + options.rates
     found: dict[str, Row] = {}
     for what in sides:
         key = {
             "kind": name, "what": what, "delta": options.delta, "task": task.fingerprint,
             "settings": measured.settings.record(),
         }  # fmt: skip
+        if not rows.matching(**key) and options.stored:
+            continue
         if not rows.matching(**key):
             rows.add({**key, **measure(what, options.delta, task, measured, backbone)})
             print(name, what, rows.rows[-1].get("curve"), flush=True)
         found[what] = rows.matching(**key)[-1]
+    rates = [what for what in FACTORS if what in found]
+    if not rates:
+        return []
     gold = references(task.kind, task.test)
-    tests = {what: score(task.metric, found[what]["found"], gold, task.labels) for what in sides}
-    rival = max((what for what in sides if what not in FACTORS), key=lambda what: tests[what])
-    chosen = max(FACTORS, key=lambda what: found[what]["dev"])
+    tests = {what: score(task.metric, found[what]["found"], gold, task.labels) for what in found}
+    rival = max((what for what in found if what not in FACTORS), key=lambda what: tests[what])
+    chosen = max(rates, key=lambda what: found[what]["dev"])
     lines = []
     result[name] = {"task": measured.data, "metric": task.metric, "rival": rival, "chosen": chosen, "sides": {}}
-    for what in sides:
+    for what in found:
         own, gain = compared(task, found[what]["found"], found[rival]["found"])
         dev = found[what].get("dev")
         result[name]["sides"][what] = {"dev": dev, "test": own._asdict(), "gain": gain._asdict()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,11 +13,11 @@ from deltatune.delta.call import Segment
 from deltatune.heads.base import Batch, Example, TaskHead, collate
 
 
+@dataclass
 class References:
     """Values of texts under the bare backbone, by what the texts are: rows that repeat a text share its value."""
 
-    def __init__(self) -> None:
-        self.known: dict[str, float] = {}
+    known: dict[str, float] = field(default_factory=dict)
 
     def give(self, adapted: Adapted, heads: Sequence[TaskHead], batches: Sequence[Batch]) -> None:
         """Set `reference` of the batches whose heads compare; texts that are new run through the backbone as one batch.
