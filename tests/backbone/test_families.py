@@ -47,6 +47,9 @@ class Probe:
     def layer(self, site: Site, generator: torch.Generator) -> Layer:
         return Probing(self, site)
 
+    def join(self, placed: object) -> None:
+        """Its layers need not know of each other."""
+
 
 class Probing(Layer):
     positionwise = False

@@ -40,6 +40,9 @@ class Recorder:
     def layer(self, site: Site, generator: torch.Generator) -> Layer:
         return Recording(self, site)
 
+    def join(self, placed: object) -> None:
+        """Its layers need not know of each other."""
+
 
 class Recording(Layer):
     positionwise = False
