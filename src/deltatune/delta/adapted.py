@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,9 +18,10 @@ from deltatune.backbone.load import Backbone, load
 from deltatune.backbone.words import body_of, without_logits
 from deltatune.delta.attach import Attachment, check_fits, new_weights, refuse_compiled
 from deltatune.delta.bank import Bank
-from deltatune.delta.call import Call, Draw, Segment, entered, outside, recalling, segments_of, swapped, within
+from deltatune.delta.call import Call, Draw, Segment, entered, outside, segments_of, swapped, within
 from deltatune.delta.delta import Delta
 from deltatune.delta.inserted import Inserted
+from deltatune.delta.loops import Headless, InLoops, spelled_out
 from deltatune.delta.method import Spec
 from deltatune.delta.packing import Packed, offset_of, pack, unpack
 from deltatune.delta.patches import InsertedPatches
@@ -29,16 +29,12 @@ from deltatune.delta.tokens import rewrite
 from deltatune.errors import RoutingError, UnknownName
 
 Route = str | Delta | None | Sequence["str | Delta | None"]
-INPUTS = (
-    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "decoder_input_ids",
-    "decoder_attention_mask", "pixel_values", "input_features", "labels", "start_positions", "end_positions",
-)  # fmt: skip
 _UNSET: Any = object()
 # What `using` says, for each Adapted by its id: a block of one says nothing about another.
 _using: ContextVar[Mapping[int, Any]] = ContextVar("deltatune_using", default=MappingProxyType({}))
 
 
-class Adapted(nn.Module):
+class Adapted(InLoops):
     """A backbone with deltas attached.
 
     `backbone` is the network itself; its weights, names and code stay as they are and `remove` gives it back exactly.
@@ -210,7 +206,12 @@ class Adapted(nn.Module):
 
     @within
     def _run(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route, call: Call | None = None
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        route: Route = _UNSET,
+        call: Call | None = None,
     ) -> Any:
         if not self.attachment.live:
             raise RoutingError("the deltas were removed from this backbone; adapt it again")
@@ -299,74 +300,15 @@ class Adapted(nn.Module):
         with swapped(call.swaps):
             yield
 
-    # What training loops ask for
-
     @property
     def base_model(self) -> Headless:
         """The backbone without its head, under the deltas; TRL's trainers run it in place of `forward`."""
-        return Headless(self)
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the backbone's forward takes `num_items_in_batch`; transformers' Trainer asks."""
-        parameters = inspect.signature(self.backbone.forward).parameters.values()
-        any_name = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-        return bool(getattr(self.backbone, "accepts_loss_kwargs", any_name))
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute blocks in the backward pass; each recomputation runs under the call of its forward.
-
-        RoutingError for the reentrant mode, which loses gradients in silence.
-        """
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
-            raise RoutingError("reentrant checkpointing loses the delta's gradients: leave use_reentrant=False")
-        # The second name is the older one.
-        older = getattr(self.backbone, "gradient_checkpointing_enable", None)
-        enable: Any = getattr(self.backbone, "activation_checkpointing_enable", older)
-        if enable is None:
-            raise RoutingError(f"{type(self.backbone).__name__} has no gradient checkpointing of its own to turn on")
-        enable(options)
-        self._recall()
-
-    @outside
-    def _recall(self) -> None:
-        for module in self.backbone.modules():
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and not getattr(function, "recalls", False):
-                if getattr(function, "keywords", {}).get("use_reentrant", False):
-                    raise RoutingError("reentrant checkpointing loses the delta's gradients: use_reentrant=False")
-                module.__dict__["_gradient_checkpointing_func"] = recalling(function)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the bank's tensors alone: the backbone is frozen and is no state of an `Adapted`."""
-        prefix = kwargs.pop("prefix", "")
-        state: dict[str, Any] = self.bank.state_dict(*args, prefix=f"{prefix}bank.", **kwargs)
-        return state
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load the bank's tensors, strictly unless told otherwise."""
-        own = {name.removeprefix("bank."): value for name, value in state_dict.items()}
-        return self.bank.load_state_dict(own, strict=strict, assign=assign)
-
-    def save_pretrained(self, folder: str, **_: Any) -> None:
-        """Save the only delta into `folder`, or each into `folder/<name>`."""
-        for name in self.bank.names:
-            target = folder if len(self.bank.names) == 1 else f"{folder}/{name}"
-            self.bank[name].save(target, overwrite=True)
+        return Headless(self.backbone.base_model, self._run)
 
     def remove(self) -> nn.Module:
         """Take the deltas off and return the backbone exactly as it was before."""
         self.attachment.remove()
         return self.backbone
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("backbone", "bank", "source"):
-                raise
-            return getattr(self.backbone, name)
 
     def _repr_html_(self) -> str:
         held = [(delta.name, delta.spec, f"{delta.trainable():,}") for delta in self._held()]
@@ -379,31 +321,7 @@ class Adapted(nn.Module):
         self.remove()
 
 
-class Headless:
-    """The backbone without its head: called, it runs under the deltas; asked for anything else, it is the network's."""
-
-    def __init__(self, adapted: Adapted) -> None:
-        self._adapted = adapted
-
-    def __call__(self, *args: Any, deltas: Route = _UNSET, **kwargs: Any) -> Any:
-        return self._adapted._run(self._adapted.backbone.base_model, args, kwargs, deltas)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._adapted.backbone.base_model, name)
-
-
-def _signature() -> inspect.Signature:
-    """The signature of `forward` with the inputs of transformers' models spelled out.
-
-    Trainer drops every column of a data set that is not a parameter of `forward`, and finds labels by name.
-    """
-    own = inspect.signature(Adapted.forward)
-    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in INPUTS]
-    *first, deltas, rest = own.parameters.values()
-    return own.replace(parameters=[*first, *named, deltas, rest])
-
-
-Adapted.forward.__signature__ = _signature()  # type: ignore[attr-defined]
+Adapted.forward.__signature__ = spelled_out(Adapted.forward)  # type: ignore[attr-defined]
 
 
 def adapt(
