@@ -132,10 +132,8 @@ def with_changes(family: str, changes: dict[str, Tensor]) -> Tensor:
 
 def read(folder: str, backbone: Backbone, name: str) -> Delta:
     """A PEFT folder as a delta of ours, under a name."""
-    from deltatune.delta.exchange import peft
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the backbone cannot be verified
-        delta = peft.read(folder, backbone)
+        delta = Delta.load(folder, backbone)
     delta.name = name
     return delta

@@ -202,9 +202,9 @@ def test_the_test_split_is_opened_once_when_all_training_is_done(monkeypatch):
     data.__dict__["fingerprint"] = task().fingerprint
     monkeypatch.setattr(Engine, "_update", lambda self, job: (heard.append("step"), own_update(self, job)))
 
-    def predict(adapted, members, rows, limit):
+    def predict(adapted, members, rows, *more):
         heard.append(("predict", len(members)) if rows is data.test else "dev")
-        return own_predict(adapted, members, rows, limit)
+        return own_predict(adapted, members, rows, *more)
 
     for module in (evaluating, fitting):
         monkeypatch.setattr(module, "predict_many", predict)

@@ -50,6 +50,13 @@ NO_PROMPT = (
     "data2vec-vision", "ijepa", "siglip_vision_model", "swin", "yolos",
     "clip", "siglip", "hubert", "wav2vec2", "unispeech-sat", "whisper", "speech_to_text",
 )  # fmt: skip
+# Pixels or sound come in, through no table of tokens.
+NO_TABLE = (
+    "audio-spectrogram-transformer", "beit", "clip_vision_model", "data2vec-vision", "deit", "dinov2",
+    "dinov2_with_registers", "ijepa", "siglip_vision_model", "swin", "vit", "vit_mae", "vit_msn", "yolos", "hubert",
+    "wav2vec2", "unispeech-sat",
+)  # fmt: skip
+TWO_TOWERS = ("clip", "siglip")
 FAMILIES = tuple(family for family in ALL if family not in UNDER_ALL_LAWS)
 # Laws in which several deltas have rows of one call.
 MIXED = {law for law, method, _ in exemptions() if method == "full"}
@@ -67,7 +74,11 @@ def stands(method: str, family: str) -> bool:
         norms = [site.exit for site in backbone(family).anatomy.sites if site.name in ("norm.attn", "norm.ffn")]
         return any(has_gain(backbone(family).module.get_submodule(path)) for path in norms)
     if method == "trainabletokens":
-        return any(site.words for site in backbone(family).anatomy.sites)
+        return family not in NO_TABLE
+    if method == "lora of a table":
+        return family not in (*NO_TABLE, *TWO_TOWERS)  # both their inputs are an `embed`, and pixels are no tokens
+    if method == "oft":
+        return family != "swin"  # its first blocks are narrower than a rotation
     if method in ("prompt", "ptuning"):
         return family not in NO_PROMPT
     return "prefix" not in method or family not in NO_PREFIX
@@ -85,6 +96,8 @@ def has_meaning(law: str, family: str) -> bool:
         return False  # rows of pixels or sound are whole, without padding; two towers have no one row of hidden states
     if law == "pickles_are_independent" and kind(family) == "sound":
         return False  # torch pickles no module with computed weights, as theirs for positions is
+    if law == "nan_stays_at_home" and family in TWO_TOWERS:
+        return False  # they score each image against each text, so all rows of a call meet in one product
     if family in PADDING_MATTERS:
         return law not in AT_OTHER_PADDING
     # Adam makes full steps of what rounding leaves of a gradient that is zero, as that of a bias of keys: float64 only.

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from deltatune.backbone.sites import Site, numbers
+from deltatune.backbone.load import Backbone
+from deltatune.backbone.sites import Selection, Site, numbers
 from deltatune.delta.layer import Layer, Params, constant
 from deltatune.delta.method import Family, Method
 from deltatune.errors import SiteError
@@ -30,6 +31,14 @@ class TrainableTokens(Method):
 
     tokens: str = ":"
     at: str = "embed"
+
+    def sites(self, backbone: Backbone) -> Selection:
+        selected = super().sites(backbone)
+        # Beside a network of images the patches are an `embed`, too.
+        words = [site for site in selected if site.words or site.name != "embed"]
+        if not words:
+            raise SiteError(f"trainable tokens are rows of a table of tokens; {backbone.name} has none at {self.at!r}")
+        return Selection(words)
 
     def layer(self, site: Site, generator: torch.Generator) -> Layer:
         if site.words:
