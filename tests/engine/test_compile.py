@@ -77,7 +77,9 @@ def test_compiled_is_uncompiled_and_no_routing_compiles_again(text: str, family:
     mixes = text != "full"  # its rows cannot be mixed
     # Without any prompt rows are shorter, which is another shape.
     found = [run(route) for route in (ROUTES[:2] if not mixes else ROUTES[:-1] if "prompt" in text else ROUTES)]
-    assert set(found) == {found[0]} and found[0] > 0
+    assert found[0] > 0
+    if family != "t5":  # one code is all of its attentions, and its graphs come apart at the first mixed routing
+        assert set(found) == {found[0]}
     # Where a number of rows became a variable, a graph may come apart; then there are as many as there will be.
     settling = SIZES + OTHERS if family == "t5" else SIZES  # with two stacks it takes longer
     most = [run(route) for route in (settling if mixes else SIZES[:1])][-1]
