@@ -59,6 +59,6 @@ def exemptions() -> dict[Case, str]:
 
 
 def covering(case: Case) -> bool:
-    """Whether a case is in the covering third: each law meets every method and every family in it."""
+    """Whether a case is in the covering sixth: of law, method and family each two meet in it."""
     number = list(LAWS).index(case.law) + METHODS.index(case.method) + FAMILIES.index(case.family)
-    return number % (6 if case.law == "trained_together_is_trained_alone" else 3) == 0
+    return number % len(FAMILIES) == 0
