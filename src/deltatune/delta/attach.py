@@ -151,7 +151,8 @@ class Attachment:
                 bank.expert_sites.setdefault(module, {})[site.name] = site
             elif port == "kv":
                 assert site.heads is not None
-                bank.attention_sites[source.module.get_submodule(site.heads.module)] = site
+                module = source.module.get_submodule(site.heads.module)
+                bank.attention_sites[module] = (*bank.attention_sites.get(module, ()), site)
             elif port == "tokens":
                 bank.has_tokens = True
                 if not source.takes_embeddings:

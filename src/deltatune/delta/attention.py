@@ -92,7 +92,7 @@ def _packed(
     assert call.packed is not None
     if options.get("position_bias") is not None:
         raise RoutingError("a position bias is given for rows, and these have no padding")
-    site = call.bank.attention_sites.get(module)
+    site = _site_of(call, module)
     prefixed = site is not None and call.plan.rounds((site.key, "kv"))
     grid = call.packed.rows if prefixed else call.packed.buckets
     ordered = _ordered(module, options.get("is_causal"))
@@ -114,6 +114,11 @@ def _ordered(module: nn.Module, is_causal: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
+def _site_of(call: Call, module: nn.Module) -> Site | None:
+    """The site as which a module of attention runs now, if deltas stand there."""
+    return next((site for site in call.bank.attention_sites.get(module, ()) if call.runs(site)), None)
+
+
 def _by_rows(
     inner: Attention,
     call: Call,
@@ -125,7 +130,7 @@ def _by_rows(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     mask = over_patches(call, mask, key.shape[2])
-    site = call.bank.attention_sites.get(module)
+    site = _site_of(call, module)
     if site is not None and call.plan.rounds((site.key, "kv")):
         key, value, mask, bias = with_prefix(call, site, module, query, key, value, mask, kwargs)
         kwargs = {**kwargs, "is_causal": False}

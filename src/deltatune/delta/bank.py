@@ -76,7 +76,7 @@ class Bank(nn.Module):
         self.places: dict[Place, dict[str, tuple[Layer, ...]]] = {}
         self.sites: dict[str, Site] = {}
         # Set by the attachment: what the rest of the engine asks on each call.
-        self.attention_sites: dict[nn.Module, Site] = {}
+        self.attention_sites: dict[nn.Module, tuple[Site, ...]] = {}  # several where a block serves as several
         self.expert_sites: dict[nn.Module, dict[str, Site]] = {}
         self.linears: dict[str, nn.Module] = {}  # site -> the linear whose weight a layer there reads
         self.shared: dict[str, str] = {}  # site -> the block that serves as several
