@@ -148,3 +148,10 @@ def test_two_deltas_merge_one_after_the_other_and_come_out_in_turn() -> None:
     torch.testing.assert_close(said(on.module, on), one, rtol=1e-9, atol=1e-9)
     kept.pop().unmerge()
     assert torch.equal(said(on.module, on), bare)
+
+
+@pytest.mark.parametrize("text", ["lora(at='norm.attn')", "vera(at='norm.ffn')"])
+def test_a_product_beside_a_norm_is_no_gain(text: str) -> None:
+    on = backbone("bert", torch.float64)
+    with pytest.raises(SiteError, match=r"acts on what the norm reads, which is no change of its gain and bias"):
+        merge(on, delta(text, on))

@@ -118,6 +118,11 @@ def _check(backbone: Backbone, delta: Delta, found: Sequence[tuple[Site, Layer]]
                 f"{delta.name!r} cannot be merged: {site.key} is no linear, table or norm with a weight; leave it "
                 f"attached"
             )
+        if is_norm(module) and (layer.reads_input or layer.port == "input"):
+            raise SiteError(
+                f"{delta.name!r} cannot be merged: at {site.key} it acts on what the norm reads, which is no change of "
+                f"its gain and bias; leave it attached"
+            )
 
 
 @dataclass(frozen=True)
