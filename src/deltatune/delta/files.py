@@ -199,7 +199,9 @@ def _fill(delta: Delta, tensors: dict[str, Tensor], place: Path) -> None:
                 f"{place / TENSORS}: {name!r} has shape {tuple(value.shape)}, expected {tuple(wanted[name].shape)}"
             )
     for name, parameter in delta.named_parameters():
-        parameter.data = tensors[name]  # not copied into: the file's dtype stays
+        # Not copied into, so that the file's dtype stays; nor the file's own memory, where tensors begin anywhere and
+        # products round otherwise.
+        parameter.data = tensors[name].clone()
 
 
 def _seal(manifest: dict[str, Any]) -> str:
