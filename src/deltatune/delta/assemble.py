@@ -56,5 +56,5 @@ def assembled(made: Sequence[Member], backbone: Backbone, name: str) -> Delta:
     delta.backbone_name, delta.fingerprint = backbone.name, backbone.fingerprint()
     for (_, part), layer in zip(placed, delta.layers.values(), strict=True):
         for key, tensor in part.tensors.items():
-            layer.get_parameter(key).data = tensor.clone()  # not copied into: the file's dtype stays
+            layer.get_parameter(key).data = tensor.clone()  # its own, in the file's dtype: several sites may share one
     return delta.place(backbone)

@@ -115,8 +115,7 @@ def read_lora(held: Read) -> list[Member]:
             raise site_less(path, backbone, held.where)
         held.check(path, own, {"A": (r, shape[0]), "B": (shape[1], r)})
         parts += [
-            Part(site, {"A": own["A"].clone(), "B": _columns(site, own["B"].mT).mT.contiguous()})
-            for site in sites[module]
+            Part(site, {"A": own["A"], "B": _columns(site, own["B"].mT).mT.contiguous()}) for site in sites[module]
         ]
     fields = {"r": r, "alpha": float(config["lora_alpha"]), "dropout": config.get("lora_dropout") or 0.0}
     return members_of("lora", fields, parts, backbone)

@@ -131,7 +131,7 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone
         check_shape(B, (d_out, r), f"{PREFIX}{path}.lora_B.weight", where)
         if config.get("use_rslora"):
             alpha *= math.sqrt(r)  # their scale is alpha / sqrt(r), ours alpha / r
-        own = [Part(site, {"A": A if i == 0 else A.clone(), "B": rows_of(site, B)}) for i, site in enumerate(sites)]
+        own = [Part(site, {"A": A, "B": rows_of(site, B)}) for site in sites]
         groups.setdefault((r, float(alpha)), []).extend(own)
     dropout = config.get("lora_dropout") or 0.0
     return [

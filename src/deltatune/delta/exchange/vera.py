@@ -55,10 +55,7 @@ def read_vera(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone
         b, d = found[path]["b"], found[path]["d"]
         check_shape(b, (widths(module, backbone)[1],), f"{PREFIX}{path}.vera_lambda_b", where)
         check_shape(d, (r,), f"{PREFIX}{path}.vera_lambda_d", where)
-        parts += [
-            Part(site, {"b": rows_of(site, b[:, None]).flatten(), "d": d if i == 0 else d.clone()})
-            for i, site in enumerate(sites)
-        ]
+        parts += [Part(site, {"b": rows_of(site, b[:, None]).flatten(), "d": d}) for site in sites]
     fields = {
         "r": r,
         "key": key,
