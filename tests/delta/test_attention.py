@@ -6,10 +6,15 @@ import itertools
 
 import pytest
 import torch
+from tests.backbone import families
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from deltatune.backbone.load import Backbone
+from deltatune.compose.expression import parse
+from deltatune.delta.adapted import Adapted
 from deltatune.delta.attention import causal, plain
+from deltatune.delta.delta import Delta
 
 
 class Attending(nn.Module):
@@ -69,3 +74,12 @@ def test_row_that_sees_nothing_is_finite() -> None:
     assert bool(got.isfinite().all())
     assert query.grad is not None
     assert bool(query.grad.isfinite().all())
+
+
+def test_each_run_of_a_shared_block_has_its_own_prefix() -> None:
+    on = Backbone(families.build("albert"))
+    delta = Delta.build(parse("prefix(n=3)"), on, name="it")
+    with Adapted(on, [delta]) as adapted:
+        adapted(input_ids=torch.arange(5, 11)[None]).last_hidden_state.square().sum().backward()
+    assert len(delta.layers) == 2
+    assert all(p.grad is not None and p.grad.any() for p in delta.parameters())
