@@ -182,7 +182,7 @@ def test_experts_are_computed_as_the_backbone_computes_them(implementation: str)
     with torch.no_grad():
         bare = module(**batch).logits
         backbone = Backbone(module)
-        sites = [(0, site) for site in backbone.anatomy.sites if site.inside]
+        sites = [(0, site) for site in backbone.anatomy.sites if site.experts]
         assert len(sites) == 8
         with Adapted(backbone, [Delta(Probe(), sites, name="probe")]) as adapted:  # type: ignore[arg-type]
             torch.testing.assert_close(adapted(**batch).logits, bare)
@@ -228,7 +228,7 @@ def test_each_site_is_called_with_its_widths_and_rows(subject: Subject) -> None:
         assert x.shape[-1] == (site.d_out if site.name == "embed" else site.d_in), site.key
         assert h.shape[-1] == site.d_out, site.key
         assert len(h) == subject.rows, site.key
-        assert site.rows != "parts" or h.ndim + site.inside + (subject.family == "opt") == 4, site.key
+        assert site.rows != "parts" or h.ndim + bool(site.experts) + (subject.family == "opt") == 4, site.key
         if site.rows == "none":
             assert len(calls[1][1]) == 1, site.key
 
@@ -250,7 +250,7 @@ def test_a_linear_or_norm_is_what_its_site_gives(subject: Subject) -> None:
     """Output = weight times input, through the view; so the weights behind a site are those that are declared."""
     for site in subject.sites:
         module = subject.module.get_submodule(site.exit)
-        if site.entry != site.exit or site.inside or site.name in ("block", "ffn.act", "embed"):
+        if site.entry != site.exit or site.experts or site.name in ("block", "ffn.act", "embed"):
             continue
         x, h = subject.bare[site.key][0]
         assert site.bias == (getattr(module, "bias", None) is not None), site.key

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from tests.backbone.families import GROUPED, build
+from tests.backbone.families import GROUPED
 from tests.delta.test_peft_files import theirs_in
 from torch import nn
 
@@ -141,16 +141,3 @@ def test_a_prompt_network_of_an_encoder_is_refused() -> None:
 def test_mistakes(text: str, said: str) -> None:
     with pytest.raises(SiteError, match=re.escape(said)):
         Delta.build(parse(text), Backbone(tiny("bert")))
-
-
-def test_a_lora_for_each_expert_is_refused_and_one_for_all_is_not_written(tmp_path: Path) -> None:
-    model = build("mixtral")
-    config = peft.LoraConfig(target_modules=[], target_parameters=["experts.down_proj"], task_type="CAUSAL_LM")
-    folder = saved(build("mixtral"), config, tmp_path / "theirs")
-    with pytest.raises(DeltaFileError, match="a LoRA for each expert of a mixture; here a delta has one for all"):
-        Delta.load(folder, Backbone(model))
-    delta = moved(Delta.build(parse("lora(at='attn.q ffn.down')"), Backbone(model)))
-    with pytest.raises(
-        UserError, match="has one LoRA for all experts at 'decoder.0.ffn.down'; PEFT's target_parameters"
-    ):
-        export(delta, Backbone(model))

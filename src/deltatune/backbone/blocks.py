@@ -254,7 +254,7 @@ class _Finder:
         if not fused_experts(module):
             return
         inner = module.down_proj.shape[1 if module.is_transposed else 2]
-        facts = {"rows": "parts", "inside": True}
+        facts = {"rows": "parts", "experts": len(module.down_proj)}
         for name in ("ffn.up", "ffn.gate"):
             self.add(name, full, full, width, inner, bias=hasattr(module, "gate_up_proj_bias"), **facts)
         self.add("ffn.act", full, full, inner, inner, **facts)

@@ -29,7 +29,7 @@ def module_sites(model: nn.Module, sites: Iterable[Site], trunk_path: str) -> di
     for site in sites:
         if site.name == "block":
             blocks.setdefault(site.exit, []).append(site)
-        elif site.entry == site.exit and not site.inside:
+        elif site.entry == site.exit and not site.experts:
             here.setdefault(site.exit, []).append(site)
     found: dict[str, Site] = {}
     for path, module in model.named_modules():

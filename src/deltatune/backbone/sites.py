@@ -74,8 +74,8 @@ class Site:
     the widths at the two ends. `view` picks columns where a checkpoint fuses things. `rows` says what dimension 0 is at
     run time; "parts": each row's windows or tokens, row after row; "none": of a second call of the module in the same
     block, on a table that all rows share. `bias` says whether the exit module has a bias of its own. `call` is for a
-    block that serves as several: the site is its run of this number, out of `calls` in a forward. `inside` is for what
-    a module computes in no module of its own, as a mixture computes its experts. `words` and `scale` are for a table of
+    block that serves as several: the site is its run of this number, out of `calls` in a forward. `experts` is
+    for what a mixture computes in no module of its own: how many experts it has. `words` and `scale` are for a table of
     tokens alone: how many it has, and what it multiplies its rows by; its entry is their ids, and d_in is what comes
     out. `shapes` is for the site `weights` alone: the canonical key and shape of every parameter of the trunk.
     """
@@ -93,7 +93,7 @@ class Site:
     rows: Rows = "rows"
     call: int = 0
     calls: int = 1
-    inside: bool = False
+    experts: int = 0
     words: int = 0
     scale: float = 1.0
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()

@@ -70,7 +70,7 @@ def read_weight(model: nn.Module, path: str) -> Tensor:
 def linear_at(model: nn.Module, site: Site) -> nn.Module:
     """Return the linear that a site is. SiteError where it is something else, or no module of its own."""
     module = model.get_submodule(site.exit)
-    if site.inside or site.entry != site.exit or linear_shape(module) is None:
+    if site.experts or site.entry != site.exit or linear_shape(module) is None:
         raise SiteError(f"{site.key} is no linear with a weight of its own; expected a site such as attn.q or ffn.up")
     return module
 

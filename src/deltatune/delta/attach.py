@@ -20,7 +20,7 @@ from deltatune.delta.bank import Bank
 from deltatune.delta.call import Swap, current, outside
 from deltatune.delta.delta import Delta
 from deltatune.delta.inserted import check_takes_tokens
-from deltatune.delta.layer import Layer, Params, WeightLayer
+from deltatune.delta.layer import ExpertLayer, Layer, Params, WeightLayer
 from deltatune.delta.patches import Patches
 from deltatune.delta.quantised import GradientHook, let_gradients_pass, refuse_unwritable
 from deltatune.delta.tokens import own_positions
@@ -145,7 +145,7 @@ class Attachment:
             site = bank.sites[key]
             if any(layer.needs == "weight-read" for own in bank.places[key, port].values() for layer in own):
                 bank.linears[key] = linear_at(source.module, site)
-            if site.inside:
+            if site.experts:
                 module = source.module.get_submodule(site.exit)
                 experts.check_reachable(module, site)
                 bank.expert_sites.setdefault(module, {})[site.name] = site
@@ -318,6 +318,11 @@ def check_fits(delta: Delta, source: Backbone, *, verify: bool = True) -> dict[s
         if isinstance(layer, Layer) and layer.reads_ids and here.words != site.words:
             raise BackboneMismatch(
                 f"delta {delta.name!r} needs a table of {site.words} tokens, {source.name!r} has one of {here.words}"
+            )
+        if isinstance(layer, ExpertLayer) and here.experts != site.experts:
+            raise BackboneMismatch(
+                f"delta {delta.name!r} needs {site.key!r} with {site.experts} experts, {source.name!r} has "
+                f"{here.experts}"
             )
         if isinstance(layer, Layer) and layer.needs == "weight-write":
             refuse_unwritable(delta.name, source)

@@ -14,7 +14,7 @@ from deltatune.backbone.sites import Site
 from deltatune.backbone.weights import read_linear
 from deltatune.delta.call import Call, Segment
 from deltatune.delta.delta import Delta, generator
-from deltatune.delta.layer import Layer, Params, SpanningLayer
+from deltatune.delta.layer import ExpertLayer, Layer, Params, SpanningLayer
 from deltatune.delta.plan import Place, Plan, Run
 from deltatune.errors import RoutingError, UnknownName
 
@@ -291,6 +291,9 @@ class Bank(nn.Module):
         x = x if layer.reads_input else None
         if isinstance(layer, SpanningLayer):
             after = spanned(call, run.deltas[0], layer, params, x, before)
+        elif isinstance(layer, ExpertLayer):
+            expert = call.gathered["experts"][run.start : run.stop]
+            after = layer.pairs(params, x, before, expert.reshape(k, -1))
         else:
             after = layer(params, x, before)
         after = after.reshape(h.shape).to(h.dtype)

@@ -14,7 +14,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site, rank
 from deltatune.backbone.weights import device_of
 from deltatune.delta.inserted import check_takes_tokens
-from deltatune.delta.layer import Layer
+from deltatune.delta.layer import ExpertLayer, Layer
 from deltatune.delta.method import Method, Spec, members
 from deltatune.errors import SiteError, UnknownName, UserError
 
@@ -184,6 +184,8 @@ def _check_port(layer: Layer, site: Site, method: str) -> None:
         raise SiteError(f"{method} reads vectors, and the input of 'embed' is token ids; choose another site")
     if layer.reads_ids and not site.words:
         raise SiteError(f"{method} reads token ids, and the input of {site.name!r} is vectors; it stands at 'embed'")
+    if isinstance(layer, ExpertLayer) and not site.experts:
+        raise SiteError(f"{method} has parameters for each expert; {site.key!r} is not inside a mixture of experts")
     if layer.port == "kv" and site.heads is None:
         raise SiteError(f"{method} needs attention sites ('attn', 'cross'); it cannot stand at {site.key!r}")
 

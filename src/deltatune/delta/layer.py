@@ -128,6 +128,21 @@ class SpanningLayer(Layer):
         raise NotImplementedError
 
 
+class ExpertLayer(Layer):
+    """A layer inside a mixture that has parameters of its own for each expert: matrices are [deltas, experts, a, b]."""
+
+    def pairs(self, p: Params, x: Tensor | None, h: Tensor, expert: Tensor) -> Tensor:
+        """Return the new tensor of pairs of a token and one of its experts; a delta's pairs stand in one row.
+
+        x [deltas, pairs, d_in], h [deltas, pairs, d_out], expert [deltas, pairs] the number of each pair's expert.
+        """
+        raise NotImplementedError
+
+    def of_expert(self, p: Params, expert: int) -> Params:
+        """Return the parameters of one expert, for `merged`."""
+        return Params({name: tensor[:, expert] for name, tensor in vars(p).items()})
+
+
 class KeyValueLayer(Layer):
     """A sequence layer inside attention: keys and values that every query may attend to."""
 

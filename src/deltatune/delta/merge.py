@@ -17,6 +17,7 @@ from deltatune.backbone.sites import Site
 from deltatune.backbone.weights import offloaded, quantised
 from deltatune.delta.attach import LEDGER, check_fits
 from deltatune.delta.delta import Delta
+from deltatune.delta.experts import folded, mixtures
 from deltatune.delta.layer import Layer, WeightLayer, own_params
 from deltatune.errors import RoutingError, SiteError
 
@@ -106,6 +107,13 @@ def _check(backbone: Backbone, delta: Delta, found: Sequence[tuple[Site, Layer]]
     for site, layer in found:
         if isinstance(layer, WeightLayer):
             continue
+        if site.experts and (site.name == "ffn.act" or (layer.port == "input" and site.name != "ffn.down")):
+            raise SiteError(
+                f"{delta.name!r} cannot be merged: at {site.key} it acts on what several matrices of an expert read, "
+                f"or on none; leave it attached"
+            )
+        if site.experts:
+            continue
         module = backbone.module.get_submodule(site.exit)
         if site.calls > 1:
             raise SiteError(
@@ -147,6 +155,12 @@ def fold(backbone: Backbone, delta: Delta, *, verify: bool = True) -> list[Folde
     sites = check_fits(delta, backbone, verify=verify)
     found: list[tuple[Site, Layer]] = [(sites[a], layer) for a, layer in delta.layers.items()]  # type: ignore[misc]
     _check(backbone, delta, found)
+    within = next((site for site, _ in found if site.experts), None)
+    if within is not None:
+        raise SiteError(
+            f"{delta.name!r} acts inside a mixture of experts, at {within.key}: it has no one matrix there; merge it "
+            f"into the backbone instead"
+        )
     return _folded(backbone, delta, found, torch.float64, torch.device("cpu"))  # MPS has no float64
 
 
@@ -155,7 +169,7 @@ def _folded(
 ) -> list[Folded]:
     by_module: dict[str, list[tuple[Site, Layer]]] = defaultdict(list)
     for site, layer in found:
-        if not isinstance(layer, WeightLayer):
+        if not isinstance(layer, WeightLayer) and not site.experts:
             by_module[site.exit].append((site, layer))
     made: list[Folded] = []
     for path, layers in by_module.items():
@@ -223,6 +237,16 @@ def _values(
             values.append((one.module, "weight", after, one.path))
         if one.bias_after is not None and (one.bias is None or not torch.equal(one.bias_after, one.bias)):
             values.append((one.module, "bias", one.bias_after, one.path))
+    for (path, parameter), rows in mixtures(backbone.anatomy.sites).items():
+        here = [(site, layer) for site, layer in found if site in rows]
+        if here:
+            module: Any = backbone.module.get_submodule(path)
+            dtype = torch.promote_types(getattr(module, parameter).dtype, torch.float32)
+            # What stands at the input is the last to be folded in, as for linears.
+            here.sort(key=lambda pair: pair[1].port == "input")
+            values += [
+                (module, name, value, path) for name, value in folded(module, parameter, rows, here, dtype).items()
+            ]
     return values
 
 

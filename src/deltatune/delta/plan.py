@@ -103,7 +103,7 @@ def packs(delta: Delta, training: bool) -> bool:
         layer.positionwise
         and layer.port != "tokens"
         and not layer.shift
-        and not site.inside
+        and not site.experts
         and not (training and layer.dropout)
         for site, layer in delta.at_sites()
     )

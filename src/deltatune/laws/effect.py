@@ -196,7 +196,7 @@ def merges_as_declared(subject: Subject) -> None:
     rows = subject.rows(3)
     wanted = subject.run(Adapted(backbone, [delta]), rows, "subject")
     before = dict(plain.module.named_parameters(remove_duplicate=False))
-    if any(site.calls > 1 or site.inside or _shared(plain, site) for site, _ in delta.at_sites()):
+    if any(site.calls > 1 or _shared(plain, site) for site, _ in delta.at_sites()):
         try:
             merge(plain, delta)
         except SiteError:

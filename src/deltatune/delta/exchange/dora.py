@@ -48,7 +48,7 @@ def read_lora_or_dora(
         check_shape(tensor, (widths(module, backbone)[1],), f"{PREFIX}{naming.theirs(module)}{END}", where)
     return [
         Member(
-            find("dora")(**member.method.model_dump()),
+            find("dora")(**member.method.model_dump(exclude={"per_expert"})),
             [Part(p.site, {**p.tensors, "m": _own(p.site, by_path[p.site.exit])}) for p in member.parts],
         )
         for member in made

@@ -87,7 +87,7 @@ class Places:
             (
                 site
                 for site in backbone.anatomy.sites
-                if site.view is None and site.calls == 1 and site.name not in ("embed", "weights") and not site.inside
+                if site.view is None and site.calls == 1 and site.name not in ("embed", "weights") and not site.experts
             ),
             key=lambda site: (site.name not in SPANS, ORDER[site.name]),
         )

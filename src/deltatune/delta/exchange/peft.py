@@ -73,7 +73,7 @@ KNOWN = {
     "projection_prng_key", "save_projection", "vera_dropout", "d_initial",
     "oft_block_size", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms", "eps",
     "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout",
-    "token_indices", "trainable_token_indices",
+    "token_indices", "trainable_token_indices", "target_parameters",
     "init_weights", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
 }  # fmt: skip
 WORDS = {
@@ -81,7 +81,6 @@ WORDS = {
     "module_dropout": "OFT's dropout of whole blocks",
     "loftq_config": "LoftQ: it belongs to weights that it quantised itself",
     "layer_replication": "blocks that the backbone has not",
-    "target_parameters": "a LoRA for each expert of a mixture; here a delta has one for all experts of a block",
     "lora_bias": "biases of the LoRA itself",
     "alora_invocation_tokens": "aLoRA: it acts from certain tokens on",
 }

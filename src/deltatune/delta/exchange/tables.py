@@ -1,5 +1,7 @@
 """What stands at tables of tokens in PEFT's format: a LoRA's `lora_embedding_A` and `_B`, and trained rows.
 
+A file of LoRAs is put together here: those at linears, at tables and inside mixtures.
+
 PEFT saves the rows themselves, ours are changes of the backbone's own; what is read is kept in float64 where float32
 would not give the file's values back.
 """
@@ -20,6 +22,7 @@ from deltatune.backbone.weights import read_weight
 from deltatune.delta.assemble import Member, Part, assembled, members_of
 from deltatune.delta.delta import Delta
 from deltatune.delta.exchange.dora import read_lora_or_dora
+from deltatune.delta.exchange.mixtures import read_mixtures, write_mixtures
 from deltatune.delta.exchange.places import Naming, named, same_modules, shortest, site_less, targets
 from deltatune.delta.exchange.thin import PREFIX, STARTS, by_pattern, whole, without_own_weights, write_lora
 from deltatune.delta.method import members
@@ -33,18 +36,19 @@ TWO_TABLES = "an encoder-decoder reads tokens from two tables, and the decoder's
 def read_lora_and_tables(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone, where: str
 ) -> list[Member]:
-    """Make the members of a file of LoRAs, at linears and tables, and of trained rows beside them."""
-    tensors = without_own_weights(tensors, backbone, where)
+    """Make the members of a file of LoRAs, wherever they stand, and of trained rows beside them."""
+    inside, tensors = read_mixtures(config, without_own_weights(tensors, backbone, where), backbone, where)
     rows = {key: tensor for key, tensor in tensors.items() if key.endswith(BESIDE + ROWS)}
     thin = {key: tensor for key, tensor in tensors.items() if key.endswith((A, B))}
     rest = {key: tensor for key, tensor in tensors.items() if key not in rows | thin}
     paths = sorted({key.removeprefix(PREFIX).removesuffix(A).removesuffix(B) for key in thin})
+    naming = Naming(backbone, paths)
     made = [_table_lora(config, path, thin, backbone, where) for path in paths]
-    if rest or not made:  # a file of its own, in which the tables are not selected
+    if rest or not made + inside:  # a file of its own, in which the tables are not selected
         made = [*read_lora_or_dora(_without(config, paths), rest, backbone, where), *made]
     else:
-        have = {part.site.exit for member in made for part in member.parts}
-        same_modules(have, config, Naming(backbone, paths), backbone, where)
+        same_modules({part.site.exit for member in made for part in member.parts}, config, naming, backbone, where)
+    made += inside
     if config.get("trainable_token_indices"):
         made.append(_beside(config["trainable_token_indices"], rows, backbone, where))
     elif rows:
@@ -110,20 +114,43 @@ def _shares(backbone: Backbone) -> bool:
     return backbone.output is not None and backbone.output.weight is backbone.embeddings.weight
 
 
+def write_lora_and_mixtures(
+    delta: Delta, bound: Mapping[str, Site], backbone: Backbone
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return config and tensors of LoRAs at linears and inside mixtures. UserError as for each."""
+    inside = {address: site for address, site in bound.items() if site.experts}
+    if not inside:
+        return write_lora(delta, bound, backbone)
+    ranks, tensors = write_mixtures(delta, inside, backbone)
+    r, alpha = next(iter(ranks.values()))
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": [],
+        "bias": "none",
+    }
+    config |= {"rank_pattern": {}, "alpha_pattern": {}}
+    beside = {address: site for address, site in bound.items() if not site.experts}
+    if beside:
+        config, own = write_lora(delta, beside, backbone)
+        tensors |= own
+    for path, (r, alpha) in ranks.items():
+        for value, name, patterns in ((r, "r", "rank_pattern"), (whole(alpha), "lora_alpha", "alpha_pattern")):
+            if value != config[name]:
+                config[patterns] = {**config[patterns], re.escape(path): value}
+    return {**config, "target_parameters": sorted(ranks)}, tensors
+
+
 def write_lora_and_tables(
     delta: Delta, bound: Mapping[str, Site], backbone: Backbone
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return config and tensors of LoRAs at linears and tables. UserError as for linears, and for two at a table."""
-    within = next((site for site in bound.values() if site.inside), None)
-    if within is not None:
-        raise UserError(
-            f"{delta.name!r} has one LoRA for all experts at {within.key!r}; PEFT's target_parameters have one for "
-            f"each, and one A for gate and up"
-        )
+    """Return config and tensors of LoRAs wherever they stand. UserError as for linears, and for two at a table."""
     at_table = {address: site for address, site in bound.items() if site.words}
     beside = {address: site for address, site in bound.items() if not site.words}
     if not at_table:
-        return write_lora(delta, bound, backbone)
+        return write_lora_and_mixtures(delta, bound, backbone)
     if len(at_table) > 1:
         raise UserError(f"{delta.name!r} has several LoRAs at a table; PEFT has one a table")
     ((address, site),) = at_table.items()
@@ -134,11 +161,11 @@ def write_lora_and_tables(
     if not beside:
         alone = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "lora_dropout": method["dropout"], "bias": "none"}
         return {**alone, "target_modules": shortest([site.exit], backbone)}, own
-    config, tensors = write_lora(delta, beside, backbone)
+    config, tensors = write_lora_and_mixtures(delta, beside, backbone)
     for name, value, patterns in (("r", r, "rank_pattern"), ("lora_alpha", alpha, "alpha_pattern")):
         if value != config[name]:
             config[patterns] = {**config[patterns], re.escape(site.exit): value}
-    config["target_modules"] = shortest({site.exit for site in bound.values()}, backbone)
+    config["target_modules"] = shortest({site.exit for site in bound.values() if not site.experts}, backbone)
     return config, tensors | own
 
 

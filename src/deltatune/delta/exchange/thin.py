@@ -110,13 +110,7 @@ def with_rows(site: Site, part: Tensor, like: Tensor) -> Tensor:
 
 def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone, where: str) -> list[Member]:
     """Make members of a LoRA file: one for each rank and scale. DeltaFileError for what has no counterpart."""
-    if config.get("init_lora_weights") not in STARTS:
-        raise DeltaFileError(
-            f"{where} has init_lora_weights={config['init_lora_weights']!r}, which changes the backbone's own weights; "
-            f"save it from PEFT with path_initial_model_for_weight_conversion, as an ordinary LoRA"
-        )
-    if config.get("bias", "none") != "none":
-        raise DeltaFileError(f"{where} has bias={config['bias']!r}: trained biases of the backbone; expected 'none'")
+    check_options(config, where)
     tensors = without_own_weights(tensors, backbone, where)
     found = modules_of(tensors, {".lora_A.weight": "A", ".lora_B.weight": "B"}, where)
     groups: dict[tuple[int, float], list[Part]] = {}
@@ -139,6 +133,17 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone
         for (r, alpha), parts in sorted(groups.items(), key=lambda item: -len(item[1]))
         for member in members_of("lora", {"r": r, "alpha": alpha, "dropout": dropout}, parts, backbone)
     ]
+
+
+def check_options(config: Mapping[str, Any], where: str) -> None:
+    """DeltaFileError for a LoRA that came with other changes of the backbone."""
+    if config.get("init_lora_weights") not in STARTS:
+        raise DeltaFileError(
+            f"{where} has init_lora_weights={config['init_lora_weights']!r}, which changes the backbone's own weights; "
+            f"save it from PEFT with path_initial_model_for_weight_conversion, as an ordinary LoRA"
+        )
+    if config.get("bias", "none") != "none":
+        raise DeltaFileError(f"{where} has bias={config['bias']!r}: trained biases of the backbone; expected 'none'")
 
 
 def without_own_weights(tensors: Mapping[str, Tensor], backbone: Backbone, where: str) -> dict[str, Tensor]:

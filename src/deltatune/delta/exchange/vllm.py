@@ -34,6 +34,8 @@ def export_for_vllm(delta: Delta, backbone: Backbone) -> PeftFolder:
         raise UserError(f"vLLM serves LoRAs on decoders; {backbone.name!r} is an {backbone.kind}")
     if any(site.words for site in delta.sites.values()):
         raise UserError(f"{delta.name!r} has a LoRA at the table of embeddings, which is not written for vLLM")
+    if any(site.experts for site in delta.sites.values()):
+        raise UserError(f"{delta.name!r} has a LoRA inside a mixture of experts, which is not written for vLLM")
     made = export(delta, backbone)
     rank = max(made.tensors[key].shape[0] for key in made.tensors if key.endswith(A))
     if rank > ROOMS[-1]:

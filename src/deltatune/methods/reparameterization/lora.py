@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from deltatune.backbone.sites import Site
-from deltatune.delta.layer import Layer, Params, constant, normal, uniform
+from deltatune.delta.grouped import Grouping
+from deltatune.delta.layer import ExpertLayer, Layer, Params, constant, normal, uniform
 from deltatune.delta.method import Family, Method
 
 
@@ -19,8 +20,9 @@ class LoRA(Method):
 
     y = W x + (alpha / r) B A x, with A [r, d_in] and B [d_out, r]. Parameters: r (d_in + d_out) a site. At inference it
     can be merged and then costs nothing. Start: A Kaiming-uniform, B zero (the identity). At `embed` x is one-hot: A
-    [r, tokens] starts at zero, B normal, and no dropout acts. It cannot change a norm or an activation. Source: Hu et
-    al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
+    [r, tokens] starts at zero, B normal, and no dropout acts. Inside a mixture of experts all experts share one A and
+    B; with `per_expert` each has its own. It cannot change a norm or an activation. Source: Hu et al. 2021, LoRA:
+    Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
     """
 
     family: ClassVar[Family] = "reparameterization"
@@ -30,9 +32,12 @@ class LoRA(Method):
     r: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    per_expert: bool = False
     at: str = "attn.{q,v}"
 
-    def layer(self, site: Site, generator: torch.Generator) -> LoRALayer:
+    def layer(self, site: Site, generator: torch.Generator) -> Layer:
+        if site.experts and self.per_expert:
+            return LoRAExpertLayer(site, self.r, self.alpha / self.r, self.dropout, generator)
         if site.words:
             return LoRATableLayer(site, self.r, self.alpha / self.r, generator)
         return LoRALayer(site, self.r, self.alpha / self.r, self.dropout, generator)
@@ -81,3 +86,32 @@ class LoRATableLayer(LoRALayer):
         assert x is not None
         rows = p.A.mT.take_along_dim(x, dim=1)
         return torch.baddbmm(h, rows, p.B.mT, alpha=self.scale * self.times)
+
+
+class LoRAExpertLayer(ExpertLayer):
+    """B A x of each pair's expert, scaled, inside a mixture: A [experts, r, d_in], B [experts, d_out, r]."""
+
+    mergeable: ClassVar[bool] = True
+    linear: ClassVar[Literal["linear", "bilinear", "no"]] = "bilinear"
+    proportional: ClassVar[tuple[str, ...]] = ("B",)
+    additive: ClassVar[bool] = True
+
+    def __init__(self, site: Site, r: int, scale: float, dropout: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.scale, self.dropout = scale, dropout
+        self.A = uniform((site.experts, r, site.d_in), 1 / math.sqrt(site.d_in), generator)
+        self.B = constant((site.experts, site.d_out, r), 0.0)
+
+    def static(self) -> tuple[Any, ...]:
+        return (self.scale,)
+
+    def pairs(self, p: Params, x: Tensor | None, h: Tensor, expert: Tensor) -> Tensor:
+        assert x is not None
+        deltas, experts = p.A.shape[:2]
+        group = expert + experts * torch.arange(deltas, device=expert.device)[:, None]
+        own = Grouping(group.flatten(), deltas * experts)
+        inner = own.product(x.flatten(0, 1), p.A.flatten(0, 1))
+        return h + self.scale * own.product(inner, p.B.flatten(0, 1)).view_as(h)
+
+    def merged(self, p: Params, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.scale * (p.B @ p.A)[0], bias
