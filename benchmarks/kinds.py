@@ -7,7 +7,8 @@ for pairs with a value the cosine of the frozen backbone's vectors. The rate is 
 Each training is a row that is kept, so a stopped run goes on. `--data` is a folder of the tasks that KINDS names, each a
 folder of train, dev and test files: the STS benchmark, SNLI's entailed pairs with a contradiction as the negative, what is
 said in War and Peace with what stands around it, XQuAD (English) with the answer's sentence for a context, CoNLL-2004's
-sentences with the types of their entities, and Social IQa's dev part cut anew.
+sentences with the types of their entities, Social IQa's dev part cut anew, DREAM (questions on dialogues); and for smollm2
+Self-Instruct's user tasks as conversations, preferences for DPO, and sentences to negate.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ FREE = ("constant", "cosine", "head")
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What is trained for a kind: its data and their columns, how many rows of train, dev and test, and for how long."""
+    """What is trained for a kind: its data and their columns, how many rows of train, dev and test, how long, on what."""
 
     data: str
     kind: Kind
     limits: tuple[int, int, int]
     settings: Settings
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    backbone: str = "minilm"
 
 
 KINDS = {
@@ -65,7 +67,20 @@ KINDS = {
     "span": Measured("xquad_en", "extractive_span", (500, 100, 295), Settings(epochs=3, evaluations=2)),
     "multi_label": Measured("conll04_ner", "multi_label", (300, 100, 288), Settings(epochs=3, evaluations=2)),
     "choice": Measured("social_iqa_dev_resplit", "multiple_choice", (300, 100, 390), Settings(epochs=1, evaluations=2)),
-}
+    "reading": Measured(
+        "dream", "multiple_choice", (1000, 200, 600), Settings(epochs=2, evaluations=2, max_length=192)
+    ),
+    "chat": Measured(
+        "chat_self_instruct_user", "chat", (120, 30, 50), Settings(epochs=1, evaluations=1, max_length=192),
+        backbone="smollm2",
+    ),
+    "preference": Measured(
+        "pref_dpo_en", "preference", (60, 20, 59), Settings(epochs=1, evaluations=1, max_length=192), backbone="smollm2"
+    ),
+    "generation": Measured(
+        "ii_negation", "generation", (200, 30, 60), Settings(epochs=1, evaluations=1, max_length=48), backbone="smollm2"
+    ),
+}  # fmt: skip
 
 
 def task_of(measured: Measured, folder: Path) -> Task:
@@ -173,14 +188,15 @@ def main() -> None:
     made.add_argument("--stored", action="store_true", help="measure nothing, tell what is stored")
     made.add_argument("--limits", nargs=3, type=int, help="most rows of train, dev and test")
     options = made.parse_args()
-    rows, backbone = Rows(NAME, options), load("minilm")
+    rows = Rows(NAME, options)
+    backbones = {name: load(name) for name in {KINDS[kind].backbone for kind in options.kinds}}
     lines: list[list[str]] = []
     result: dict[str, Any] = {}
     for name in options.kinds:
         if not (options.data / KINDS[name].data).is_dir():
             print(f"{name}: left out, since {options.data} has no folder {KINDS[name].data}; give --data")
             continue
-        lines += of_kind(name, rows, backbone, options, result)
+        lines += of_kind(name, rows, backbones[KINDS[name].backbone], options, result)
     header = ["kind", "metric", "what", "rate", "dev", "test", "gain over the best that needs no delta"]
     if not lines:
         return

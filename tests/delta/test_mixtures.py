@@ -277,6 +277,91 @@ def computed_by(folder: Path, family: str) -> nn.Module:
     return model
 
 
+OLD = {
+    "mixtral": ("block_sparse_moe", {"w1": (48, 32), "w3": (48, 32), "w2": (32, 48)}),
+    "olmoe": ("mlp", {"gate_proj": (48, 32), "up_proj": (48, 32), "down_proj": (32, 48)}),
+}
+
+
+def old_folder(folder: Path, family: str, **options: Any) -> dict[str, Tensor]:
+    """A folder as PEFT wrote it before transformers 5, where each expert had linears."""
+    owner, linears = OLD[family]
+    base = f"base_model.model.model.layers.{{}}.{owner}.experts.{{}}.{{}}.lora_{{}}.weight"
+    draw = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for block in range(len(build(family).model.layers)):
+        for e in range(4):
+            for name, (d_out, d_in) in linears.items():
+                tensors[base.format(block, e, name, "A")] = 0.3 * torch.randn(3, d_in, generator=draw)
+                tensors[base.format(block, e, name, "B")] = 0.3 * torch.randn(d_out, 3, generator=draw)
+        for half, shape in (("A", (3, 32)), ("B", (32, 3))):
+            key = f"base_model.model.model.layers.{block}.self_attn.o_proj.lora_{half}.weight"
+            tensors[key] = 0.3 * torch.randn(shape, generator=draw)
+    given = {
+        "peft_type": "LORA",
+        "r": 3,
+        "lora_alpha": 7,
+        "target_modules": [*linears, "o_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(given | options))
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    return tensors
+
+
+@pytest.mark.parametrize(("family", "dropout"), [("mixtral", 0.0), ("mixtral", 0.1), ("olmoe", 0.0)])
+def test_a_folder_from_before_transformers_5_computes_the_same_here(
+    tmp_path: Path, family: str, dropout: float
+) -> None:
+    folder = tmp_path / "old"
+    old_folder(folder, family, lora_dropout=dropout)
+    backbone = Backbone(build(family), name=family)
+    delta = Delta.load(str(folder), backbone)
+    assert {layer.dropout for _, layer in delta.at_sites()} == {dropout}
+    old_folder(folder, family)  # PEFT fuses the experts and then refuses dropout
+    same(delta, backbone, computed_by(folder, family))
+
+
+def test_an_old_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    backbone = Backbone(build("mixtral"), name="mixtral")
+
+    def refused(said: str, change: Any, **options: Any) -> None:
+        tensors = old_folder(folder, "mixtral", **options)
+        save_file(change(tensors), folder / TENSORS)
+        with pytest.raises(DeltaFileError, match=said):
+            Delta.load(str(folder), backbone)
+
+    def without(mark: str) -> Any:
+        return lambda tensors: {key: tensor for key, tensor in tensors.items() if mark not in key}
+
+    def same_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
+
+    refused(
+        r"lacks '.*experts.2.w1.lora_B.weight'; the mixture has 4 experts",
+        without("0.block_sparse_moe.experts.2.w1.lora_B"),
+    )
+    refused(r"lacks tensors for '.*layers.1.block_sparse_moe.experts.0.w1'", without("1.block_sparse_moe.experts"))
+    refused(
+        r"has tensors for '.*experts.0.w3', which its target_modules do not",
+        same_tensors,
+        target_modules=["w1", "w2", "o_proj"],
+    )
+    refused(r"experts.0.w1.lora_A.weight' has shape \(3, 32\), expected \(4, 32\)", same_tensors, r=4)
+    refused(
+        r"has tensors for '.*experts.4'",
+        lambda t: t | {key.replace("experts.3", "experts.4"): v.clone() for key, v in t.items()},
+    )
+    refused(r"several ranks or scales", same_tensors, alpha_pattern={r"experts.1.w1": 3})
+    refused("layers.0.block_sparse_moe.gate", lambda t: {**without("-")(t), "base_model.model.model.layers.0.block_sparse_moe.gate.lora_A.weight": torch.ones(3, 32), "base_model.model.model.layers.0.block_sparse_moe.gate.lora_B.weight": torch.ones(4, 3)})  # fmt: skip
+    other = Backbone(build("olmo"), name="olmo")
+    old_folder(folder, "mixtral")
+    with pytest.raises(DeltaFileError, match=r"experts.0.w\d', which is at no site of 'olmo'"):
+        Delta.load(str(folder), other)
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     theirs_in(folder, "mixtral", target_parameters=["experts.down_proj"])

@@ -5,11 +5,12 @@ d_in], expert after expert, and `lora_B` [d_out, r * experts], the expert last. 
 that the first is called `base_layer` in the names of the other. Here gate and up are two sites. Read: each gets its own
 copy of A and its rows of B. Written: equal copies become one A again, different ones are stacked, and a LoRA that all
 experts share is written once for each; these are the same functions.
+
+Files from before transformers 5 have the LoRA of a linear for each expert (`experts.3.w1`); they are read, too.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,12 +23,18 @@ from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import Site
 from deltatune.delta.assemble import Member, Part, members_of
 from deltatune.delta.delta import Delta
-from deltatune.delta.exchange.places import Naming
-from deltatune.delta.exchange.thin import PREFIX, by_pattern, check_options, check_shape
+from deltatune.delta.exchange.places import Naming, site_less, targets
+from deltatune.delta.exchange.thin import PREFIX, check_options, check_shape, rank_and_alpha
 from deltatune.delta.experts import Key, mixtures
 from deltatune.delta.method import members
 from deltatune.errors import DeltaFileError, UserError
 
+# The linears of an expert before transformers 5 -> sites.
+LINEARS = {
+    "w1": "ffn.gate", "gate_proj": "ffn.gate", "w3": "ffn.up", "up_proj": "ffn.up", "w2": "ffn.down",
+    "down_proj": "ffn.down",
+}  # fmt: skip
+APART = re.compile(rf"{re.escape(PREFIX)}((.+)\.\w+\.experts)\.(\d+)\.({'|'.join(LINEARS)})\.lora_([AB])\.weight")
 A, B, INNER = ".lora_A.weight", ".lora_B.weight", ".base_layer"
 
 
@@ -65,11 +72,7 @@ def read_mixtures(
         for end in (A, B):
             if base + end not in rest:
                 raise DeltaFileError(f"{where} lacks {base + end!r}, which its target_parameters select")
-        r, alpha = (
-            by_pattern(config.get(patterns), f"{path}.{parameter}", config[own])
-            for patterns, own in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-        )
-        alpha *= math.sqrt(r) if config.get("use_rslora") else 1
+        r, alpha = rank_and_alpha(config, f"{path}.{parameter}")
         at = sites[module, parameter]
         experts, d_out = at[0].experts, sum(site.d_out for site in at)
         flat = {end: rest.pop(base + end) for end in (A, B)}
@@ -78,11 +81,77 @@ def read_mixtures(
         inner, outer = flat[A].unflatten(0, (experts, r)), flat[B].unflatten(1, (r, experts)).permute(2, 0, 1)
         halves = outer.split([site.d_out for site in at], dim=1)
         own_parts = [Part(site, {"A": inner, "B": half}) for site, half in zip(at, halves, strict=True)]
-        groups.setdefault((r, float(alpha)), []).extend(own_parts)
+        groups.setdefault((r, alpha), []).extend(own_parts)
     return [
         member
         for (r, alpha), parts in groups.items()
         for member in members_of("lora", {"r": r, "alpha": alpha, "per_expert": True}, parts, backbone)
+    ], rest
+
+
+def read_apart(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone, where: str
+) -> tuple[list[Member], dict[str, Tensor]]:
+    """Make the members of LoRAs at the linears of each expert; return them and the tensors that are none of theirs.
+
+    DeltaFileError if they are at some experts of a mixture alone, or at others than `target_modules` select.
+    """
+    found: dict[tuple[str, str], dict[str, dict[int, Tensor]]] = {}  # path in the file, linear -> A, B -> by expert
+    blocks: dict[str, str] = {}
+    rest = dict(tensors)
+    for key in tensors:
+        match = APART.fullmatch(key)
+        if match:
+            path, block, expert, linear, half = match.groups()
+            found.setdefault((path, linear), {"A": {}, "B": {}})[half][int(expert)] = rest.pop(key)
+            blocks[path] = block
+    if not found:
+        return [], rest
+    check_options(config, where)
+    naming = Naming(backbone, blocks.values())
+    # The block says which mixture it is: what stands between has other names now.
+    mixed = {site.exit.rsplit(".", 2)[0]: site.exit for site in backbone.anatomy.sites if site.experts}
+    named = {(site.exit, site.name): site for site in backbone.anatomy.sites if site.experts}
+    everything = str(config.get("target_modules")).lower() == "all-linear"
+    selected = (lambda path: True) if everything else targets(config)
+    middle = next(iter(blocks)).removeprefix(next(iter(blocks.values())))
+    linears = dict.fromkeys(linear for _, linear in found)
+    for block in mixed:
+        for linear in linears:
+            path = naming.theirs(block) + middle
+            if selected(f"{path}.0.{linear}") and (path, linear) not in found:
+                raise DeltaFileError(f"{where} lacks tensors for '{path}.0.{linear}', which its target_modules select")
+    groups: dict[tuple[int, float], list[Part]] = {}
+    for (path, linear), halves in found.items():
+        site = named.get((mixed.get(naming.ours(blocks[path]), ""), LINEARS[linear]))
+        if site is None:
+            raise site_less(f"{path}.0.{linear}", backbone, where)
+        sizes = set()
+        for e in range(site.experts):
+            own = f"{path}.{e}.{linear}"
+            if not selected(own):
+                raise DeltaFileError(f"{where} has tensors for {own!r}, which its target_modules do not select")
+            r, alpha = rank_and_alpha(config, own)
+            sizes.add((r, alpha))
+            for half, shape in (("A", (r, site.d_in)), ("B", (site.d_out, r))):
+                key = f"{PREFIX}{own}.lora_{half}.weight"
+                if e not in halves[half]:
+                    raise DeltaFileError(f"{where} lacks {key!r}; the mixture has {site.experts} experts")
+                check_shape(halves[half][e], shape, key, where)
+        beyond = max(halves["A"] | halves["B"])
+        if beyond >= site.experts:
+            raise DeltaFileError(f"{where} has tensors for '{path}.{beyond}', but there are {site.experts} experts")
+        if len(sizes) > 1:
+            raise DeltaFileError(
+                f"{where} has experts of several ranks or scales at {path!r}, which has no counterpart"
+            )
+        stacked = {half: torch.stack([own[e] for e in sorted(own)]) for half, own in halves.items()}
+        groups.setdefault(sizes.pop(), []).append(Part(site, stacked))
+    fields = {"dropout": config.get("lora_dropout") or 0.0, "per_expert": True}
+    return [
+        member
+        for (r, alpha), parts in groups.items()
+        for member in members_of("lora", {**fields, "r": r, "alpha": alpha}, parts, backbone)
     ], rest
 
 

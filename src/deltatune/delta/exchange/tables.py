@@ -8,7 +8,6 @@ would not give the file's values back.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -22,9 +21,9 @@ from deltatune.backbone.weights import read_weight
 from deltatune.delta.assemble import Member, Part, assembled, members_of
 from deltatune.delta.delta import Delta
 from deltatune.delta.exchange.dora import read_lora_or_dora
-from deltatune.delta.exchange.mixtures import read_mixtures, write_mixtures
+from deltatune.delta.exchange.mixtures import read_apart, read_mixtures, write_mixtures
 from deltatune.delta.exchange.places import Naming, named, same_modules, shortest, site_less, targets
-from deltatune.delta.exchange.thin import PREFIX, STARTS, by_pattern, whole, without_own_weights, write_lora
+from deltatune.delta.exchange.thin import PREFIX, STARTS, rank_and_alpha, whole, without_own_weights, write_lora
 from deltatune.delta.method import members
 from deltatune.errors import DeltaFileError, UserError
 
@@ -37,7 +36,9 @@ def read_lora_and_tables(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone, where: str
 ) -> list[Member]:
     """Make the members of a file of LoRAs, wherever they stand, and of trained rows beside them."""
-    inside, tensors = read_mixtures(config, without_own_weights(tensors, backbone, where), backbone, where)
+    apart, tensors = read_apart(config, without_own_weights(tensors, backbone, where), backbone, where)
+    inside, tensors = read_mixtures(config, tensors, backbone, where)
+    inside += apart
     rows = {key: tensor for key, tensor in tensors.items() if key.endswith(BESIDE + ROWS)}
     thin = {key: tensor for key, tensor in tensors.items() if key.endswith((A, B))}
     rest = {key: tensor for key, tensor in tensors.items() if key not in rows | thin}
@@ -78,15 +79,11 @@ def _table_lora(
             f"{where} has ensure_weight_tying=True: its LoRA of the table acts in the language-model head as well, "
             f"which has no counterpart here"
         )
-    r, alpha = (
-        by_pattern(config.get(patterns), path, config[own])
-        for patterns, own in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-    )
+    r, alpha = rank_and_alpha(config, path)
     made: dict[str, Tensor] = {}
     for name, end, shape in (("A", A, (r, site.words)), ("B", B, (site.d_out, r))):
         made[name] = _shaped(tensors.get(PREFIX + path + end), shape, PREFIX + path + end, where)
-    alpha *= math.sqrt(r) if config.get("use_rslora") else 1
-    fields = {"r": r, "alpha": float(alpha), "dropout": config.get("lora_dropout") or 0.0}
+    fields = {"r": r, "alpha": alpha, "dropout": config.get("lora_dropout") or 0.0}
     (member,) = members_of("lora", fields, [Part(site, made)], backbone)
     return member
 

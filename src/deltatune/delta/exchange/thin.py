@@ -116,17 +116,12 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone
     groups: dict[tuple[int, float], list[Part]] = {}
     for path, (module, sites) in placed_at(config, found, backbone, where).items():
         A, B = found[path]["A"], found[path]["B"]
-        r, alpha = (
-            by_pattern(config.get(patterns), path, config[name])
-            for patterns, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-        )
+        r, alpha = rank_and_alpha(config, path)
         d_in, d_out = widths(module, backbone)
         check_shape(A, (r, d_in), f"{PREFIX}{path}.lora_A.weight", where)
         check_shape(B, (d_out, r), f"{PREFIX}{path}.lora_B.weight", where)
-        if config.get("use_rslora"):
-            alpha *= math.sqrt(r)  # their scale is alpha / sqrt(r), ours alpha / r
         own = [Part(site, {"A": A, "B": rows_of(site, B)}) for site in sites]
-        groups.setdefault((r, float(alpha)), []).extend(own)
+        groups.setdefault((r, alpha), []).extend(own)
     dropout = config.get("lora_dropout") or 0.0
     return [
         member
@@ -159,6 +154,16 @@ def without_own_weights(tensors: Mapping[str, Tensor], backbone: Backbone, where
         if not isinstance(own, Tensor) or not torch.equal(own.cpu(), tensors[key].to(own.dtype)):
             raise DeltaFileError(f"{where} has {key!r}, the backbone's own weights, and {backbone.name!r} has others")
     return {key: tensor for key, tensor in tensors.items() if key not in copies}
+
+
+def rank_and_alpha(config: Mapping[str, Any], path: str) -> tuple[int, float]:
+    """Return r and alpha of the LoRA at a path of the file."""
+    r, alpha = (
+        by_pattern(config.get(patterns), path, config[own])
+        for patterns, own in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )
+    # With rsLoRA their scale is alpha / sqrt(r); ours is alpha / r.
+    return r, float(alpha * math.sqrt(r) if config.get("use_rslora") else alpha)
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
