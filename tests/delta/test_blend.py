@@ -88,11 +88,13 @@ def test_linear_is_the_weighted_sum() -> None:
         torch.testing.assert_close(both[name], 0.3 * one[name] - 1.5 * other[name], rtol=1e-8, atol=1e-9)
 
 
-def test_ties_trims_elects_a_sign_and_takes_the_mean_of_those_that_have_it() -> None:
-    """Against the algorithm of the paper, entry by entry in Python."""
+@pytest.mark.parametrize("weights", [None, [0.7, -0.4, 1.2]])
+def test_ties_trims_elects_a_sign_and_takes_the_mean_of_those_that_have_it(weights: list[float] | None) -> None:
+    """Against the algorithm of the paper, entry by entry in Python; its mean weighted, times the sum of the weights."""
     on = backbone("bert", torch.float64)
     several = [delta(on, "lora(r=2)", seed) for seed in range(3)]
-    made = effect(blend(several, on, "ties", density=0.3), on)
+    made = effect(blend(several, on, "ties", weights=weights, density=0.3), on)
+    shares = weights or [1 / 3] * 3
     for key, (_, found, _) in made.items():
         assert found is not None
         own = [effect(one, on)[key][1] for one in several]
@@ -102,9 +104,11 @@ def test_ties_trims_elects_a_sign_and_takes_the_mean_of_those_that_have_it() -> 
             least = sorted(change.abs().reshape(-1).tolist(), reverse=True)[round(0.3 * change.numel()) - 1]
             trimmed.append([value if abs(value) >= least else 0.0 for value in change.reshape(-1).tolist()])
         for place, values in enumerate(zip(*trimmed, strict=True)):
-            elected = math.copysign(1.0, sum(values))
-            agreeing = [value for value in values if value * elected > 0]
-            wanted = sum(agreeing) / len(agreeing) if agreeing else 0.0
+            weighted = [w * value for w, value in zip(shares, values, strict=True)]
+            elected = math.copysign(1.0, sum(weighted))
+            agreeing = [(abs(w), value) for w, value in zip(shares, weighted, strict=True) if value * elected > 0]
+            counted = sum(w for w, _ in agreeing)
+            wanted = sum(value for _, value in agreeing) / counted * sum(map(abs, shares)) if agreeing else 0.0
             assert found.reshape(-1)[place].item() == pytest.approx(wanted, abs=1e-9)
 
 

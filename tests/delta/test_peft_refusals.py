@@ -1,8 +1,9 @@
-"""PEFT's DoRA, OFT and VeRA: what has no counterpart here, or none there, is refused by name."""
+"""PEFT's DoRA, OFT and VeRA, and kinds that are none: what has no counterpart here, or none there, is refused by name."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,12 @@ def test_a_folder_of_peft_is_refused(
 ) -> None:
     with pytest.raises(DeltaFileError, match=said):
         Delta.load(changed(tmp_path / "it", kind, config, tensors), Backbone(tiny("bert")))
+
+
+@pytest.mark.parametrize("kind", [["LORA"], {"LORA": 1}, None, 3, "LOHA"])
+def test_a_folder_of_another_kind_is_refused(tmp_path: Path, kind: object) -> None:
+    with pytest.raises(DeltaFileError, match=re.escape(f"holds {kind!r}, which is not read; expected LORA, IA3")):
+        Delta.load(changed(tmp_path / "it", "dora", {"peft_type": kind}, nothing), Backbone(tiny("bert")))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

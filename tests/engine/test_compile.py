@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from tests.engine.subjects import SPECS, adapted, backward, close, subject
+from torch import nn
 from torch._dynamo.utils import counters
 
+from deltatune.backbone.load import Backbone
 from deltatune.compose.expression import parse
 from deltatune.delta.adapted import Adapted, adapt
 from deltatune.errors import RoutingError
@@ -132,6 +134,33 @@ def test_a_backbone_whose_forward_was_traced_before_may_be_adapted() -> None:
         close(held.cut(forward(**held.batch(rows)), rows), bare)
 
 
+class Plain(nn.Module):
+    """Without attention, which adapting changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.second(torch.tanh(self.first(x)))
+        return found
+
+
+def test_a_frozen_network_that_was_traced_before_may_be_adapted() -> None:
+    """Adapting changes nothing of it that a graph looks at: neither attention nor flags, hooks alone."""
+    network = Plain().double().eval().requires_grad_(False)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    forward = torch.compile(network.forward, backend="eager")
+    with torch.no_grad():
+        bare = forward(x)
+        plain = adapted("lora(r=2, at='module:*')", Backbone(network))
+        wanted = plain(x)
+        assert float((wanted - bare).abs().max()) > 1e-3
+        close([compiled(plain)(x)], [wanted])
+        plain.remove()
+        close([forward(x)], [bare])
+
+
 def test_compiled_in_place() -> None:
     held = subject("lora(r=2)")
     plain = adapted("lora(r=2)", held.fresh(), "one", "two")
@@ -166,12 +195,16 @@ def test_generation_that_transformers_compiles() -> None:
     model = adapted(str(held.spec), held.fresh(), "one", "two")
     batch = held.batch(held.rows(3), left=True)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    settings: dict[str, Any] = dict(deltas=["one", None, "two"], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    settings: dict[str, Any] = dict(
+        deltas=["one", None, "two"], max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
     config = hf.CompileConfig(backend="eager", fullgraph=False, mode=None)
     config._compile_all_devices = True
     wanted = model.generate(**inputs, **settings)
     got = model.generate(**inputs, **settings, cache_implementation="static", compile_config=config)
-    assert got.tolist() == wanted.tolist()
+    assert got.sequences.tolist() == wanted.sequences.tolist()
+    close(got.logits, wanted.logits, 1e-6)  # transformers keeps them in float32
     assert graphs() > 0
 
 

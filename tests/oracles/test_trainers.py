@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltatune.backbone.load import Backbone
 from deltatune.delta.adapted import Adapted, adapt
@@ -57,6 +57,11 @@ def test_trainer_moves_the_delta_and_saves_it(tmp_path: Path, spec: LoRA, checkp
     assert trainer.state.global_step == 2
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(losses) == 2  # labels are found, though a class of ours stands in front of the model
+    batch = {key: torch.stack([row[key] for row in rows()]) for key in ("input_ids", "attention_mask", "labels")}
+    counted = batch["labels"][:, 1:].numel()  # as Trainer counts; a prompt predicts the first token of a row, too
+    with torch.no_grad():
+        wanted = adapted.eval()(**batch, num_items_in_batch=counted).loss
+    assert losses[-1] == pytest.approx(wanted.item(), abs=1e-5)
     # A LoRA's A moves from the second step on; all else at the first.
     assert moved(adapted, before) == list(before)
     assert all(torch.equal(p, weights[n]) for n, p in adapted.backbone.named_parameters())
@@ -118,11 +123,16 @@ def test_sft_trainer_moves_the_delta(tmp_path: Path, spec: LoRA) -> None:
     before = state(adapted)
     trainer = SFTTrainer(
         model=adapted,
-        args=SFTConfig(str(tmp_path), **ARGUMENTS, max_length=16),
+        args=SFTConfig(str(tmp_path), **{**ARGUMENTS, "per_device_train_batch_size": 8}, max_length=16),
         train_dataset=Dataset.from_dict({"text": texts}),
         processing_class=processor,
     )
+    (batch,) = trainer.get_train_dataloader()  # all rows are one batch
+    with torch.no_grad():
+        logits = adapted(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    wanted = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(wanted.item(), abs=1e-5)
     assert moved(adapted, before) == list(before)
     trainer.save_model(str(tmp_path / "out"))
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == before.keys()

@@ -31,12 +31,11 @@ class _Stacked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, stack: Tensor, rows: slice | Tensor, dtype: torch.dtype, *leaves: Tensor) -> Tensor:
-        ctx.leaf_dtype = stack.dtype
         return stack[rows].to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, None, *gradients[0].to(ctx.leaf_dtype).unbind(0))
+        return (None, None, None, *gradients[0].unbind(0))
 
 
 class Stack:

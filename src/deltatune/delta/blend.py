@@ -67,7 +67,7 @@ def sign(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The mean of those entries that have the sign of the weighted sum, times the weights' sum (TIES)."""
     weighted = torch.stack([w * change for w, change in zip(weights, changes, strict=True)])
     agreeing = weighted * (weighted.sign() == weighted.sum(dim=0).sign())
-    shares = torch.tensor([abs(w) for w in weights]).to(weighted).reshape(-1, *[1] * (weighted.ndim - 1))
+    shares = weighted.new_tensor([abs(w) for w in weights]).reshape(-1, *[1] * (weighted.ndim - 1))
     counted = (shares * (agreeing != 0)).sum(dim=0)
     return agreeing.sum(dim=0) / counted.clamp(min=1e-12) * shares.sum()
 

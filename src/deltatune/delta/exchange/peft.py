@@ -107,7 +107,7 @@ def read(folder: Path, backbone: Backbone) -> Delta:
     held = _held(folder)
     config, where = held.config, str(folder)
     kind = config.get("peft_type")
-    if kind not in READERS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise DeltaFileError(f"{where} holds {kind!r}, which is not read; expected {', '.join(READERS)}")
     for name, value in config.items():
         if value and name not in KNOWN:
