@@ -44,18 +44,26 @@ class LoRA(Method):
 
 
 class LoRALayer(Layer):
-    """B A x, scaled, beside a linear."""
+    """B A x, scaled, beside a linear; `each` is a leading axis of A and B."""
 
     mergeable: ClassVar[bool] = True
     linear: ClassVar[Literal["linear", "bilinear", "no"]] = "bilinear"
     proportional: ClassVar[tuple[str, ...]] = ("B",)
     additive: ClassVar[bool] = True
 
-    def __init__(self, site: Site, r: int, scale: float, dropout: float, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        site: Site,
+        r: int,
+        scale: float,
+        dropout: float,
+        generator: torch.Generator,
+        each: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.scale, self.dropout = scale, dropout
-        self.A = uniform((r, site.d_in), 1 / math.sqrt(site.d_in), generator)
-        self.B = constant((site.d_out, r), 0.0)
+        self.A = uniform((*each, r, site.d_in), 1 / math.sqrt(site.d_in), generator)
+        self.B = constant((*each, site.d_out, r), 0.0)
 
     def static(self) -> tuple[Any, ...]:
         return (self.scale,)
@@ -88,22 +96,11 @@ class LoRATableLayer(LoRALayer):
         return torch.baddbmm(h, rows, p.B.mT, alpha=self.scale * self.times)
 
 
-class LoRAExpertLayer(ExpertLayer):
+class LoRAExpertLayer(ExpertLayer, LoRALayer):
     """B A x of each pair's expert, scaled, inside a mixture: A [experts, r, d_in], B [experts, d_out, r]."""
 
-    mergeable: ClassVar[bool] = True
-    linear: ClassVar[Literal["linear", "bilinear", "no"]] = "bilinear"
-    proportional: ClassVar[tuple[str, ...]] = ("B",)
-    additive: ClassVar[bool] = True
-
     def __init__(self, site: Site, r: int, scale: float, dropout: float, generator: torch.Generator) -> None:
-        super().__init__()
-        self.scale, self.dropout = scale, dropout
-        self.A = uniform((site.experts, r, site.d_in), 1 / math.sqrt(site.d_in), generator)
-        self.B = constant((site.experts, site.d_out, r), 0.0)
-
-    def static(self) -> tuple[Any, ...]:
-        return (self.scale,)
+        super().__init__(site, r, scale, dropout, generator, each=(site.experts,))
 
     def pairs(self, p: Params, x: Tensor | None, h: Tensor, expert: Tensor) -> Tensor:
         assert x is not None
@@ -112,6 +109,3 @@ class LoRAExpertLayer(ExpertLayer):
         own = Grouping(group.flatten(), deltas * experts)
         inner = own.product(x.flatten(0, 1), p.A.flatten(0, 1))
         return h + self.scale * own.product(inner, p.B.flatten(0, 1)).view_as(h)
-
-    def merged(self, p: Params, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scale * (p.B @ p.A)[0], bias
