@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 from tests.backbone.families import build
 from tests.engine.subjects import close
@@ -119,7 +120,7 @@ MERGED = [
 
 @pytest.mark.parametrize("text", MERGED)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merged_it_does_the_same(family: str, text: str) -> None:
+def test_merged_it_does_the_same_saved_too(tmp_path: Path, family: str, text: str) -> None:
     backbone, delta = built(family, text)
     before = {name: parameter.detach().clone() for name, parameter in backbone.module.named_parameters()}
     with torch.no_grad(), adapt(backbone, delta) as on:
@@ -129,6 +130,9 @@ def test_merged_it_does_the_same(family: str, text: str) -> None:
     assert 0 < len(merged.changes) == len({change.parameter for change in merged.changes})
     with torch.no_grad():
         torch.testing.assert_close(computed(backbone.module), wanted, rtol=1e-4, atol=1e-5)
+        backbone.module.save_pretrained(str(tmp_path))  # transformers saves each expert by itself
+        again = hf.AutoModelForCausalLM.from_pretrained(str(tmp_path)).eval()
+        torch.testing.assert_close(computed(again), wanted, rtol=1e-4, atol=1e-5)
     merged.unmerge()
     assert all(torch.equal(before[name], parameter) for name, parameter in backbone.module.named_parameters())
 
