@@ -3,7 +3,7 @@
 Run as: .venv/bin/python benchmarks/learning_rates.py [--tasks ...] [--steps 150]
 
 All methods at all rates train in one bank, task by task; a row is kept per (task, method, rate), so a stopped run goes
-on. A method's default is the lowest rate whose mean dev score over tasks and seeds is within two points of its best.
+on. A method is an expression, for one whose fields ask for a rate of their own. A method's default is the lowest rate whose mean dev score over tasks and seeds is within two points of its best.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from deltatune.backbone.load import load
+from deltatune.compose.expression import parse
 from deltatune.data.load import load_task
-from deltatune.delta.catalogue import catalogue
 from deltatune.training.fit import fit_plans
 from deltatune.training.job import Plan
 from deltatune.training.settings import Settings
@@ -37,6 +37,7 @@ RATES = {
     "prefix": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "ptuning": (3e-4, 1e-3, 3e-3),
     "prompt": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    'prompt(at="embed block")': (1e-2, 3e-2, 1e-1, 3e-1),
     "trainabletokens": (3e-4, 1e-3, 3e-3),
     "vera": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 }
@@ -69,14 +70,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=150)
     arguments = parser.parse_args()
-    backbone, methods = load("minilm"), catalogue()
+    backbone = load("minilm")
     for name in arguments.tasks:
         task = load_task(name).limited(800, 300, 3)
         for seed in range(arguments.seeds):
             done = {(r["task"], r["method"], float(r["lr"]), int(r["seed"])) for r in measured()}
             plans = [
                 Plan(
-                    methods[method](),
+                    parse(method),
                     task,
                     seed,
                     Settings(lr=lr, steps=arguments.steps, evaluations=4, max_length=32),
@@ -95,7 +96,7 @@ def main() -> None:
                 if new:
                     writer.writeheader()
                 for result in trained:
-                    method, lr = result.plan.label.split()
+                    method, lr = result.plan.label.rsplit(maxsplit=1)
                     writer.writerow(
                         {"task": name, "method": method, "lr": lr, "seed": seed, "dev": f"{result.dev_score:.4f}",
                          "state": result.state}

@@ -29,7 +29,7 @@ def methods_table() -> str:
     for name, cls in catalogue().items():
         what = (cls.__doc__ or "").strip().splitlines()[0].rstrip(".")
         size = Delta.build(cls(), backbone).trainable()
-        lines.append(f"| `{name}` | {what} | {size:,} | {cls.lr:g} | {cls.paper} |")
+        lines.append(f"| `{name}` | {what} | {size:,} | {cls.rate:g} | {cls.paper} |")
     return "\n".join(lines)
 
 

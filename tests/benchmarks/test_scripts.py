@@ -45,6 +45,8 @@ def test_a_script_measures_stores_and_tells(name: str, tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr[-2000:]
     result = json.loads((tmp_path / f"{name}.json").read_text())
     assert result["name"] == name and isinstance(result["gate"]["passed"], bool)
+    # Both sides of a speed compute the same, on little, too; whether scores differ, two short trainings do not tell.
+    assert result["gate"]["passed"] or name == "equivalence"
     assert {"over_default", "over_tuned", "over_limit", "factors"} <= set(result)
     page = (tmp_path / "page.md").read_text()
     assert (
@@ -56,12 +58,6 @@ def test_a_script_measures_stores_and_tells(name: str, tmp_path: Path) -> None:
     # Nothing is measured twice, and the same rows give the same page.
     assert (tmp_path / f"{name}.rows.jsonl").read_text() == stored
     assert (tmp_path / "page.md").read_text() == page
-
-
-@pytest.mark.parametrize("name", ["r1_train_together", "r3_serve_together"])
-def test_both_sides_compute_the_same(name: str, tmp_path: Path) -> None:
-    assert run(name, tmp_path, *LITTLE[name]).returncode == 0
-    assert json.loads((tmp_path / f"{name}.json").read_text())["gate"]["passed"]
 
 
 def test_kinds_are_measured_once_and_told(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ class Gate(Method):
 
     family: ClassVar[Family] = "addition"
     paper: ClassVar[str] = "none"
-    lr: ClassVar[float] = 1e-3
+    rate: ClassVar[float] = 1e-3
     at: str = "attn.q ffn.down"
 
     def layer(self, site: Site, generator: torch.Generator) -> Layer:

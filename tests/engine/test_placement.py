@@ -166,7 +166,7 @@ class Steady(Method):
 
     family: ClassVar[Family] = "specification"
     paper: ClassVar[str] = "none"
-    lr: ClassVar[float] = 1e-2
+    rate: ClassVar[float] = 1e-2
 
     at: str = "attn.q ffn.up"
 

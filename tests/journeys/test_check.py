@@ -28,7 +28,7 @@ class Gain(Method):
 
     family: ClassVar[Family] = "addition"
     paper: ClassVar[str] = "none"
-    lr: ClassVar[float] = 1e-2
+    rate: ClassVar[float] = 1e-2
 
     at: str = "ffn"
 

@@ -17,7 +17,7 @@ class Gain(Method):
 
     family: ClassVar[Family] = "specification"
     paper: ClassVar[str] = "none"
-    lr: ClassVar[float] = 1e-2
+    rate: ClassVar[float] = 1e-2
 
     at: str = "attn ffn"
 

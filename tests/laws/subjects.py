@@ -15,12 +15,14 @@ from deltatune.laws.families import FAMILIES, tiny
 from deltatune.methods.addition.adapter import Adapter
 from deltatune.methods.addition.ia3 import IA3
 from deltatune.methods.addition.prefix import Prefix
+from deltatune.methods.addition.prompt import Prompt
 from deltatune.methods.reparameterization.lora import LoRA
 
 VARIANTS: dict[str, Spec] = {
     "lora of a table": LoRA(r=4, at="embed"),
     "lora tied": LoRA(r=4, tie="A"),
     "adapter tied": Adapter(m=4, tie="down up"),
+    "prompt deep": Prompt(n=4, at="embed block"),
     "lora | prefix | ia3": LoRA(r=2, at="ffn.{up,down}") | Prefix(n=3) | IA3(),
 }
 SPECS: dict[str, Spec] = {name: cls() for name, cls in catalogue().items()} | VARIANTS

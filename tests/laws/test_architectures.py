@@ -84,7 +84,7 @@ def stands(method: str, family: str) -> bool:
         return family not in (*NO_TABLE, *TWO_TOWERS)  # both their inputs are an `embed`, and pixels are no tokens
     if method == "oft":
         return family != "swin"  # its first blocks are narrower than a rotation
-    if method in ("prompt", "ptuning"):
+    if method in ("prompt", "prompt deep", "ptuning"):
         return family not in NO_PROMPT
     return "prefix" not in method or family not in NO_PREFIX
 

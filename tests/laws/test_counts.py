@@ -73,6 +73,7 @@ FORMULAS: dict[str, Callable[[str], int]] = {
     "lora tied": lambda f: 4 * (D + 2 * STACKS.get(f, 1) * (D + KV.get(f, D))),
     # D and U are held once, the biases at each site.
     "adapter tied": lambda f: 2 * D * 4 + sublayers(f) * (D + 4),
+    "prompt deep": lambda f: 2 * 4 * D,  # of an encoder-decoder the encoder's blocks
     "lora | prefix | ia3": lambda f: (
         2 * STACKS.get(f, 1) * 2 * 2 * (D + F)
         + attentions(f) * 2 * 3 * KV.get(f, D)

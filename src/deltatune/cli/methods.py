@@ -39,10 +39,10 @@ def methods(
     chosen = find(name) if name else None
     loaded = load(backbone)
     if chosen is not None:
-        one = described(chosen, loaded) | {"lr": chosen.lr, "fields": _fields(chosen), "doc": inspect.getdoc(chosen)}
+        one = described(chosen, loaded) | {"lr": chosen.rate, "fields": _fields(chosen), "doc": inspect.getdoc(chosen)}
         say(one, as_json, *_page(one, backbone))
         return
-    rates = {cls.name(): cls.lr for cls in catalogue().values()}
+    rates = {cls.name(): cls.rate for cls in catalogue().values()}
     found = [described(cls, loaded) for cls in catalogue().values()]
     shown = _tree(found, backbone) if tree else _list(found, rates, backbone)
     say(found, as_json, shown)

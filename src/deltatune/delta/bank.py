@@ -14,7 +14,8 @@ from deltatune.backbone.sites import Site
 from deltatune.backbone.weights import read_linear
 from deltatune.delta.call import Call, Segment
 from deltatune.delta.delta import Delta, generator
-from deltatune.delta.layer import ExpertLayer, Layer, Params, SpanningLayer
+from deltatune.delta.inserted import Reserved, renew
+from deltatune.delta.layer import DeepTokenLayer, ExpertLayer, Layer, Params, SpanningLayer
 from deltatune.delta.plan import Place, Plan, Run
 from deltatune.errors import RoutingError, UnknownName
 
@@ -293,6 +294,8 @@ class Bank(nn.Module):
         elif isinstance(layer, ExpertLayer):
             expert = call.gathered["experts"][run.start : run.stop]
             after = layer.pairs(params, x, before, expert.reshape(k, -1))
+        elif isinstance(layer, DeepTokenLayer):
+            after = renew(call, run, layer.tokens(params)[0], place[0], before)
         else:
             after = layer(params, x, before)
         after = after.reshape(h.shape).to(h.dtype)
@@ -341,9 +344,9 @@ def dropped(call: Call, run: Run, place: Place, rate: float, x: Tensor) -> Tenso
 
 def _absent(call: Call, segment: int, place: Place, length: int) -> tuple[bool, int]:
     """How many of `length` positions in a row are there for its neighbours' prompts only, and whether at the end."""
-    at_end, own, tokens = call.gathered.get("inserted", (False, None, 0))
+    held: Reserved | None = call.gathered.get("inserted")
     site = call.bank.sites[place[0]]
-    if own is None or (site.stack == "decoder" and call.bank.two_stacks and site.name not in ("cross.k", "cross.v")):
+    if held is None or (site.stack == "decoder" and call.bank.two_stacks and site.name not in ("cross.k", "cross.v")):
         return False, 0
-    parts = length // tokens  # a token stands once for each of its experts
-    return at_end, (max(own) - own[segment]) * parts
+    parts = length // held.length  # a token stands once for each of its experts
+    return held.to_end, (held.where.number - held.tokens.own[segment]) * parts

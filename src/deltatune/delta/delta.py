@@ -40,6 +40,7 @@ class Delta(nn.Module):
             address = f"{member}/{site.key}".replace(".", ":")
             layer = members(spec)[member].layer(site, generator(seed, address))
             _check_port(layer, site, members(spec)[member].name())
+            layer.member = member
             self.sites[address] = site
             self.layers[address] = layer
         for number, method in enumerate(members(spec)):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltatune.backbone.load import Backbone
-from deltatune.delta.call import outside
-from deltatune.errors import SiteError
+from deltatune.delta.call import Call, outside
+from deltatune.errors import RoutingError, SiteError
+
+if TYPE_CHECKING:
+    from deltatune.delta.plan import Run
 
 # Settings of image networks by which positions count within the blocks.
 COUNTED = ("use_relative_position_bias", "use_shared_relative_position_bias", "use_mid_position_embeddings")
@@ -33,6 +36,19 @@ def check_takes_tokens(backbone: Backbone) -> None:
             f"a token for the whole image, in attention that sees all positions and where no block counts them; take "
             f"another method"
         )
+
+
+class Tokens(NamedTuple):
+    """Tokens [rows, number, width] for the rows of a call, filled from the right.
+
+    seen [rows, number] says which are real, `own` how many those are by segment, `starts` where those of a method (its
+    segment, its member of the delta) begin.
+    """
+
+    added: Tensor
+    seen: Tensor
+    own: list[int]
+    starts: dict[tuple[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,47 @@ class Inserted:
         if self.layout is None:
             return torch.cat([value[:, : self.at], value[:, self.at + self.number :]], dim=1)
         return _taken(value, self.layout.argsort(dim=1)[:, : -self.number])
+
+
+@dataclass
+class Reserved:
+    """The positions that tokens have in the rows of a call, for what comes after the input.
+
+    `length` counts a row's positions with them; `cached`: only the first run of a block has them, a cache later on.
+    """
+
+    tokens: Tokens
+    where: Inserted
+    length: int
+    to_end: bool
+    cached: bool = False
+    renewed: set[Run] = field(default_factory=set)
+
+
+def renew(call: Call, run: Run, tokens: Tensor, place: str, h: Tensor) -> Tensor:
+    """Put the tokens [n, width] of a deep layer where its method put some at the input, in h [rows, positions, width].
+
+    RoutingError if the block has not the positions that the input had.
+    """
+    held: Reserved = call.gathered["inserted"]
+    if held.cached and (run in held.renewed or h.shape[1] != held.length):
+        return h
+    if h.shape[1] != held.length:
+        raise RoutingError(
+            f"{place!r} has {h.shape[1]} positions where the input had {held.length}: no prompt fits there"
+        )
+    held.renewed.add(run)
+    first = held.tokens.starts[run.segments[0], run.layers[0].member]
+    tokens = tokens.to(h).expand(len(h), -1, -1)
+    layout = held.where.layout
+    if layout is None:
+        start = held.where.at + first
+        return torch.cat([h[:, :start], tokens, h[:, start + tokens.shape[1] :]], dim=1)
+    order = call.permutation(1, h.device)
+    layout = (layout if order is None else layout[order[0]])[run.start : run.stop]
+    stands = layout.argsort(dim=1)[:, held.length - held.where.number + first :][:, : tokens.shape[1]]
+    stands = stands.repeat_interleave(len(h) // len(layout), dim=0)
+    return h.scatter(1, stands[..., None].expand_as(tokens), tokens)
 
 
 def _taken(values: Tensor, index: Tensor) -> Tensor:

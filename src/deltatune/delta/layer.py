@@ -59,6 +59,7 @@ class Layer(nn.Module):
 
     dropout: float = 0.0
     shift: int = 0  # by how many positions it moves the text on
+    member: int = 0  # which of its delta's methods it belongs to; set by the delta
     tied: tuple[str, ...] = ()  # names of parameters that other sites of the same delta share; set by the delta
 
     def static(self) -> tuple[Any, ...]:
@@ -167,6 +168,13 @@ class TokenLayer(Layer):
     def tokens(self, p: Params) -> Tensor:
         """Return the tokens [deltas, length, width]."""
         raise NotImplementedError
+
+
+class DeepTokenLayer(TokenLayer):
+    """Tokens before a block, in place of what has become of those that the same method put in at the input."""
+
+    port: ClassVar[Port] = "input"
+    positionwise: ClassVar[bool] = False
 
 
 class WeightLayer(Layer):

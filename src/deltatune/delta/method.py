@@ -19,14 +19,14 @@ Family = Literal["addition", "specification", "reparameterization", "baseline"]
 class Method(BaseModel):
     """Base of all methods. `at` and `blocks` select the sites; the other fields are the method's own.
 
-    `lr` is the measured default learning rate, `paper` the source.
+    `rate` is the measured default learning rate, `paper` the source.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     family: ClassVar[Family]
     paper: ClassVar[str]
-    lr: ClassVar[float]
+    rate: ClassVar[float]
 
     at: str
     blocks: str | None = None
@@ -48,6 +48,11 @@ class Method(BaseModel):
     def name(cls) -> str:
         """The name in a delta expression: the class name in lower case."""
         return cls.__name__.lower()
+
+    @property
+    def lr(self) -> float:
+        """The default learning rate with these fields."""
+        return self.rate
 
     def sites(self, backbone: Backbone) -> Selection:
         """Resolve the selection on a backbone. SiteError if it is empty or names a site that is not there."""

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from deltatune.delta.bank import Bank
 from deltatune.delta.call import Call, current, outside
-from deltatune.delta.inserted import place
+from deltatune.delta.inserted import Reserved, Tokens, place
 
 BEHIND = 1  # positions that stand before the prompt: the token for the whole image
 TOKENS, AMONG = "tokens of images", "patches"  # in the call, before and after the embeddings
 
 
-def reserve(call: Call, added: Tensor, seen: Tensor, own: list[int]) -> InsertedPatches:
-    """Leave the tokens [rows, number, width] in the call for `Patches`; `seen` [rows, number] says which are real."""
-    call.gathered[TOKENS] = (added, seen, own)
+def reserve(call: Call, tokens: Tokens) -> InsertedPatches:
+    """Leave the tokens in the call for `Patches`."""
+    call.gathered[TOKENS] = tokens
     return InsertedPatches(call)
 
 
@@ -58,13 +58,14 @@ class Patches:
         call = self._call()
         if call is None:
             return None
-        added, seen, own = call.gathered[TOKENS]
+        tokens: Tokens = call.gathered[TOKENS]
+        seen = tokens.seen
 
         def put(h: Tensor) -> Tensor:
             among = place(None, seen, h.shape[1], BEHIND, to_end=not bool(seen.all()))
             call.gathered[AMONG] = (among, among.between(seen.new_ones(h.shape[:2]), seen))
-            call.gathered["inserted"] = (True, own, h.shape[1] + seen.shape[1])
-            return among.between(h, added.to(h))
+            call.gathered["inserted"] = Reserved(tokens, among, h.shape[1] + seen.shape[1], to_end=True)
+            return among.between(h, tokens.added.to(h))
 
         return _first(output, put)
 

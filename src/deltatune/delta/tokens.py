@@ -8,7 +8,6 @@ positions, so no index of theirs moves.
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from deltatune.backbone.load import Backbone
 from deltatune.backbone.synonyms import EMBEDDED
 from deltatune.delta.call import Call, outside
-from deltatune.delta.inserted import Inserted, column_of, place
+from deltatune.delta.inserted import Inserted, Reserved, Tokens, column_of, place
 from deltatune.delta.layer import TokenLayer
 from deltatune.delta.patches import InsertedPatches, reserve
 from deltatune.errors import RoutingError
@@ -35,9 +34,9 @@ def rewrite(
     found = _tokens(call, backbone)
     if found is None:
         return None
-    added, seen, own = found
     if not backbone.takes_embeddings:
-        return reserve(call, added, seen, own)
+        return reserve(call, found)
+    added, seen, own, _ = found
     cache = inputs.get("past_key_values")
     if cache is not None and not generating and cache.get_seq_length() > 0:
         raise RoutingError("the cache holds the prompt already and it would be put in again; use `generate`")
@@ -60,8 +59,8 @@ def rewrite(
     after = backbone.kind == "encoder"
     # An encoder counts its positions from the left and need not be told; generation goes on from the right.
     to_end = backbone.kind != "decoder"
-    call.gathered["inserted"] = (to_end, own, length + number)
     placed = place(first, seen, length, int(after), to_end=to_end and len(set(own)) > 1)
+    call.gathered["inserted"] = Reserved(found, placed, length + number, to_end, cached=generating)
     between = placed.between
     inputs["attention_mask"] = between(mask, seen.to(mask))
     if backbone.kind != "encoder-decoder":
@@ -95,13 +94,15 @@ def _first(mask: Tensor) -> Tensor | None:
     return None if bool(mask[:, 0].all()) else mask.bool().long().argmax(dim=1, keepdim=True)
 
 
-def _tokens(call: Call, backbone: Backbone) -> tuple[Tensor, Tensor, list[int]] | None:
-    """Return tokens [rows, most, width], filled from the right, which are real, and how many by segment."""
+def _tokens(call: Call, backbone: Backbone) -> Tokens | None:
+    """Return the tokens that the deltas of a call put into its rows; None if they put in none."""
     site = next((s for s in backbone.anatomy.sites if s.name == "embed"), None)
     rounds = call.plan.rounds((site.key, "tokens")) if site is not None else ()
     if site is None or not rounds:
         return None
     rows: list[list[Tensor]] = [[] for _ in range(call.rows)]
+    held = [0] * len(call.segments)
+    starts: dict[tuple[int, int], int] = {}
     for runs in rounds:
         for run in runs:
             layer = run.layers[0]
@@ -112,7 +113,10 @@ def _tokens(call: Call, backbone: Backbone) -> tuple[Tensor, Tensor, list[int]] 
             each = (run.stop - run.start) // len(run.layers)
             for row in range(run.start, run.stop):
                 rows[row].append(tokens[(row - run.start) // each])
-    most = max(sum(len(t) for t in parts) for parts in rows)
+            for segment, own in zip(run.segments, run.layers, strict=True):
+                starts[segment, own.member] = held[segment]
+                held[segment] += tokens.shape[1]
+    most = max(held)
     filled, seen = [], torch.zeros(call.rows, most, dtype=torch.bool, device=backbone.device)
     for row, parts in enumerate(rows):
         number = sum(len(t) for t in parts)
@@ -121,9 +125,9 @@ def _tokens(call: Call, backbone: Backbone) -> tuple[Tensor, Tensor, list[int]] 
         filled.append(nn.functional.pad(tokens, (0, 0, most - number, 0)))
     added = torch.stack(filled)
     order = call.permutation(1, added.device)
-    starts = accumulate((segment.rows for segment in call.segments[:-1]), initial=0)
-    own = [sum(len(t) for t in rows[start]) for start in starts]
-    return (added[order[1]], seen[order[1]], own) if order else (added, seen, own)
+    if order:
+        added, seen = added[order[1]], seen[order[1]]
+    return Tokens(added, seen, held, {at: most - held[at[0]] + start for at, start in starts.items()})
 
 
 def _positions(

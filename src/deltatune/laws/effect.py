@@ -10,7 +10,7 @@ from deltatune.backbone.load import Backbone
 from deltatune.backbone.sites import VOCABULARY, Site
 from deltatune.backbone.weights import linear_at, read_linear
 from deltatune.delta.adapted import Adapted
-from deltatune.delta.layer import Layer, Params, SpanningLayer, own_params
+from deltatune.delta.layer import DeepTokenLayer, Layer, Params, SpanningLayer, own_params
 from deltatune.delta.merge import merge
 from deltatune.delta.method import Method
 from deltatune.errors import RoutingError, SiteError, UserError
@@ -145,7 +145,7 @@ def weighs_as_declared(subject: Subject) -> None:
     backbone = subject.fresh()
     draw = torch.Generator().manual_seed(0)
     for site, layer in made(subject.spec, backbone).at_sites():
-        if layer.port not in ("output", "input") or isinstance(layer, SpanningLayer):
+        if layer.port not in ("output", "input") or isinstance(layer, (SpanningLayer, DeepTokenLayer)):
             demand(not layer.proportional and not layer.additive, f"{site.key}: nothing of it can be weighed")
             continue
         width = site.d_in if layer.port == "input" else site.d_out

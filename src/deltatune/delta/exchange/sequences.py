@@ -112,6 +112,8 @@ def _prompt_config(delta: Delta, bound: Mapping[str, Site], backbone: Backbone) 
     length = _only(delta)
     if backbone.kind == "encoder":
         raise UserError(f"{delta.name!r} cannot go to PEFT: {PROMPT_OF_ENCODER}")
+    if len(bound) > 1:
+        raise UserError(f"{delta.name!r} cannot go to PEFT, whose prompts stand in the input alone, not before blocks")
     ((address, site),) = bound.items()
     return _facts(backbone, length, site), address
 

@@ -24,7 +24,7 @@ class Adapter(Method):
 
     family: ClassVar[Family] = "addition"
     paper: ClassVar[str] = "arXiv:1902.00751"
-    lr: ClassVar[float] = 3e-3
+    rate: ClassVar[float] = 3e-3
 
     m: int = Field(default=24, ge=1)
     act: Activation = "gelu"

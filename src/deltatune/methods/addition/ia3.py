@@ -23,7 +23,7 @@ class IA3(Method):
 
     family: ClassVar[Family] = "addition"
     paper: ClassVar[str] = "arXiv:2205.05638"
-    lr: ClassVar[float] = 3e-2
+    rate: ClassVar[float] = 3e-2
 
     at: str = "attn.{k,v} ffn.down"
 

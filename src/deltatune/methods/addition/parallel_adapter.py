@@ -25,7 +25,7 @@ class ParallelAdapter(Method):
 
     family: ClassVar[Family] = "addition"
     paper: ClassVar[str] = "arXiv:2110.04366"
-    lr: ClassVar[float] = 1e-3
+    rate: ClassVar[float] = 1e-3
 
     m: int = Field(default=24, ge=1)
     scale: float = Field(default=4.0, gt=0)

@@ -26,7 +26,7 @@ class Prefix(Method):
 
     family: ClassVar[Family] = "addition"
     paper: ClassVar[str] = "arXiv:2101.00190"
-    lr: ClassVar[float] = 1e-1
+    rate: ClassVar[float] = 1e-1
 
     n: int = Field(default=16, ge=1)
     std: float = Field(default=0.02, ge=0)

@@ -25,7 +25,7 @@ class PTuning(Method):
 
     family: ClassVar[Family] = "addition"
     paper: ClassVar[str] = "arXiv:2103.10385"
-    lr: ClassVar[float] = 3e-4
+    rate: ClassVar[float] = 3e-4
 
     n: int = Field(default=20, ge=1)
     m: int = Field(default=128, ge=1)

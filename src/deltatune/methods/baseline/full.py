@@ -21,7 +21,7 @@ class Full(Method):
 
     family: ClassVar[Family] = "baseline"
     paper: ClassVar[str] = "arXiv:1801.06146"
-    lr: ClassVar[float] = 1e-4
+    rate: ClassVar[float] = 1e-4
 
     at: str = "weights"
 

@@ -18,7 +18,7 @@ class Head(Method):
 
     family: ClassVar[Family] = "baseline"
     paper: ClassVar[str] = "arXiv:1610.01644"
-    lr: ClassVar[float] = 3e-4
+    rate: ClassVar[float] = 3e-4
 
     at: str = ""
 

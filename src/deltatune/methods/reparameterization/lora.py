@@ -27,7 +27,7 @@ class LoRA(Method):
 
     family: ClassVar[Family] = "reparameterization"
     paper: ClassVar[str] = "arXiv:2106.09685"
-    lr: ClassVar[float] = 3e-3
+    rate: ClassVar[float] = 3e-3
 
     r: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0)

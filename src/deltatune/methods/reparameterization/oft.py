@@ -32,7 +32,7 @@ class OFT(Method):
 
     family: ClassVar[Family] = "reparameterization"
     paper: ClassVar[str] = "arXiv:2306.07280"
-    lr: ClassVar[float] = 3e-3
+    rate: ClassVar[float] = 3e-3
 
     b: int = Field(default=32, ge=2)
     share: bool = False

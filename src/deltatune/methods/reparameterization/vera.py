@@ -30,7 +30,7 @@ class VeRA(Method):
 
     family: ClassVar[Family] = "reparameterization"
     paper: ClassVar[str] = "arXiv:2310.11454"
-    lr: ClassVar[float] = 1e-1
+    rate: ClassVar[float] = 1e-1
 
     r: int = Field(default=256, ge=1)
     key: int = Field(default=0, ge=0)

@@ -23,7 +23,7 @@ class BitFit(Method):
 
     family: ClassVar[Family] = "specification"
     paper: ClassVar[str] = "arXiv:2106.10199"
-    lr: ClassVar[float] = 1e-2
+    rate: ClassVar[float] = 1e-2
 
     at: str = "attn.{q,k,v,o} cross.{q,k,v,o} ffn.{up,gate,down} norm.{embed,attn,cross,ffn,final}"
 
