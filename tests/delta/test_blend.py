@@ -148,6 +148,8 @@ def test_what_cannot_be_blended_is_refused() -> None:
     lora = delta(on, "lora", 0)
     with pytest.raises(UnknownName, match="ties"):
         blend([lora], on, "tie")
+    with pytest.raises(UnknownName, match="'linear' concatenates"):
+        blend([lora], on, "cat")
     for options, said in (
         ({"weights": [1.0, 2.0]}, "expected 1 finite numbers"),
         ({"density": 0.0}, "density=0"),

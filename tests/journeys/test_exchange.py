@@ -52,7 +52,7 @@ def test_a_merged_tagger_is_a_token_classifier_of_transformers(
     run: Run, tagged: Path, encoder: Path, tmp_path: Path
 ) -> None:
     saved = fit(run, tagged, encoder, "lora | bitfit", tmp_path / "fitted")
-    found = run(f"merge {saved} --out merged --json").json()
+    found = run(f"merge {saved} --to hf --out merged --json").json()
     assert found["model"] == "BertForTokenClassification"
     assert found["apart"] < 1e-4
     assert len(found["changes"]) > 8
@@ -97,6 +97,11 @@ def test_what_no_class_of_transformers_scores_is_refused_and_goes_without_its_he
     said = run(f"merge {lora} --out merged --no-head")
     assert said.status == 0 and 'transformers.pipeline("feature-extraction", model="merged")' in said.out
     assert pipeline("feature-extraction", model=str(tmp_path / "merged"))("the film")
+
+
+def test_the_way_to_gguf_is_said(run: Run, lora: Path, tmp_path: Path) -> None:
+    assert "convert_hf_to_gguf.py merged" in run(f"merge {lora} --to gguf --out merged").mistake()
+    assert not (tmp_path / "merged").exists()
 
 
 def test_what_is_no_change_of_weights_is_not_merged(run: Run, adapter: Path, tmp_path: Path) -> None:

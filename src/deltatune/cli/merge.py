@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from deltatune.backbone.load import Backbone
     from deltatune.delta.delta import Delta
 
-EXAMPLE = "deltatune merge best/ --out merged/"
+EXAMPLE = "deltatune merge best/ --to hf --out merged/"
 SAMPLE = (4, 16)  # rows and tokens on which the merged model is held against the attached delta
 
 
 def merge(
     folder: Folder,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", show_default=False, help="Where to save the model.")],
+    to: Annotated[
+        Literal["hf", "gguf"], typer.Option("--to", help="Whose format; of GGUF it says the way there alone.")
+    ] = "hf",
     backbone: OtherBackbone = None,
     no_head: Annotated[bool, typer.Option("--no-head", help="Save the network without the delta's head.")] = False,
     as_json: AsJson = False,
@@ -36,9 +39,14 @@ def merge(
     from deltatune.cli.saved import read
     from deltatune.delta.files import whole_folder
     from deltatune.delta.merge import merge as merge_into
-    from deltatune.errors import OutputError
+    from deltatune.errors import OutputError, UserError
     from deltatune.heads.whole import whole
 
+    if to == "gguf":
+        raise UserError(
+            f"deltatune writes no GGUF: how each family's tensors are rearranged is kept in llama.cpp's own script, which "
+            f"no package carries; `deltatune merge {folder} --out {out}`, then llama.cpp's `convert_hf_to_gguf.py {out}`"
+        )
     if out.exists():
         raise OutputError(f"{out} exists already; choose another place or remove it")
     delta = read(folder)

@@ -90,6 +90,7 @@ class Blend:
 
 BLENDS: dict[str, Blend] = {
     "linear": Blend("keep", "mean", 1.0, "Ilharco et al. 2022, arXiv:2212.04089"),
+    "magnitude": Blend("magnitude", "mean", 0.5, "Yadav et al. 2023, arXiv:2306.01708: its first step alone"),
     "ties": Blend("magnitude", "sign", 0.2, "Yadav et al. 2023, arXiv:2306.01708"),
     "dare": Blend("random", "mean", 0.5, "Yu et al. 2023, arXiv:2311.03099"),
     "dare_ties": Blend("random", "sign", 0.5, "Yu et al. 2023, arXiv:2311.03099"),
@@ -119,7 +120,7 @@ def blend(
     weights at linears and biases.
     """
     if how not in BLENDS:
-        raise UnknownName("blend", how, BLENDS)
+        raise UnknownName("blend", how, BLENDS, "'linear' concatenates, and takes the SVD where a rank is given")
     if not deltas:
         raise UserError("no delta to blend; give one at least")
     shares = [1 / len(deltas)] * len(deltas) if weights is None else list(weights)
