@@ -44,8 +44,9 @@ def merge(
 
     if to == "gguf":
         raise UserError(
-            f"deltatune writes no GGUF: how each family's tensors are rearranged is kept in llama.cpp's own script, which "
-            f"no package carries; `deltatune merge {folder} --out {out}`, then llama.cpp's `convert_hf_to_gguf.py {out}`"
+            f"deltatune writes no GGUF: how each family's tensors are rearranged is kept in llama.cpp's own script, "
+            f"which no package carries; `deltatune merge {folder} --out {out}`, then llama.cpp's "
+            f"`convert_hf_to_gguf.py {out}`"
         )
     if out.exists():
         raise OutputError(f"{out} exists already; choose another place or remove it")
