@@ -44,27 +44,27 @@ def gradients(model: Adapted) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.bank.named_parameters() if p.grad is not None}
 
 
-def together(work: Callable[[str], object], rank: int, port: int, folder: str, text: str) -> None:
+def together(work: Callable[[str], object], rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
-        torch.save(work(text), Path(folder) / f"{rank}.pt")
+        torch.save({text: work(text) for text in SPECS}, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def two(work: Callable[[str], object], folder: Path, text: str) -> list[dict[str, Tensor]]:
-    """What two processes found."""
+def two(work: Callable[[str], object], folder: Path) -> list[dict[str, dict[str, Tensor]]]:
+    """What each of two processes found for each spec."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_start, args=(work, port, str(folder), text), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    mp.spawn(_start, args=(work, port, str(folder)), nprocs=WORLD)  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
-def _start(rank: int, work: Callable[[str], object], port: int, folder: str, text: str) -> None:
-    together(work, rank, port, folder, text)
+def _start(rank: int, work: Callable[[str], object], port: int, folder: str) -> None:
+    together(work, rank, port, folder)
 
 
 def data_parallel(text: str) -> dict[str, Tensor]:
@@ -74,16 +74,17 @@ def data_parallel(text: str) -> dict[str, Tensor]:
     return gradients(model)
 
 
-@pytest.mark.parametrize("text", SPECS)
-def test_data_parallel_gives_the_gradients_of_the_whole_batch(text: str, tmp_path: Path) -> None:
-    model = adapted(text)
-    loss(model, slice(None)).backward()
-    whole = gradients(model)
-    for found in two(data_parallel, tmp_path, text):
-        assert found.keys() == whole.keys()
-        for name, value in whole.items():
-            torch.testing.assert_close(found[name], value / WORLD, rtol=1e-9, atol=1e-12)
-            assert value.any()
+def test_data_parallel_gives_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
+    both = two(data_parallel, tmp_path)
+    for text in SPECS:
+        model = adapted(text)
+        loss(model, slice(None)).backward()
+        whole = gradients(model)
+        for found in both:
+            assert found[text].keys() == whole.keys()
+            for name, value in whole.items():
+                torch.testing.assert_close(found[text][name], value / WORLD, rtol=1e-9, atol=1e-12)
+                assert value.any()
 
 
 def sharded(text: str) -> dict[str, Tensor]:
@@ -103,12 +104,13 @@ def sharded(text: str) -> dict[str, Tensor]:
     return gradients(model)
 
 
-@pytest.mark.parametrize("text", SPECS)
-def test_a_sharded_backbone_gives_the_gradients_of_a_whole_one(text: str, tmp_path: Path) -> None:
-    model = adapted(text)
-    loss(model, slice(None)).backward()
-    whole = gradients(model)
-    for found in two(sharded, tmp_path, text):
-        assert found.keys() == whole.keys()
-        for name, value in whole.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+def test_a_sharded_backbone_gives_the_gradients_of_a_whole_one(tmp_path: Path) -> None:
+    both = two(sharded, tmp_path)
+    for text in SPECS:
+        model = adapted(text)
+        loss(model, slice(None)).backward()
+        whole = gradients(model)
+        for found in both:
+            assert found[text].keys() == whole.keys()
+            for name, value in whole.items():
+                torch.testing.assert_close(found[text][name], value, rtol=1e-9, atol=1e-12)
