@@ -34,8 +34,8 @@ AT_OTHER_PADDING = ("many_is_alone", "padding_left_out_changes_nothing", FIFTY_S
 # Attention computes in float32, whatever the weights are; XGLM's mask has a number that float64 turns into infinity.
 SINGLE = ("bloom", "codegen", "gemma2", "gpt_neo", "gptj", "longt5", "mpt", "splinter", "xglm")
 # Training magnifies rounding there: weights are 1e-13 apart after one step, 2e-11 after ten, 6e-7 after fifty (Marian);
-# 6e-17, 4e-15 and 1e-9 (HuBERT); 2e-13, 2e-13 and 3e-9 (mT5).
-STEEP = ("marian", "hubert", "mt5")
+# 6e-17, 4e-15 and 1e-9 (HuBERT); 2e-13, 2e-13 and 3e-9 (mT5); 9e-16, 4e-15 and 2e-9 (UMT5, prompts before blocks).
+STEEP = ("marian", "hubert", "mt5", "umt5")
 # Norms compute in float32 there, so that what is written into one is rounded otherwise than what acts behind it, and
 # gradients of their weights otherwise in another layout of the rows.
 SINGLE_NORMS = ("cohere", "cohere2", "gemma", "gemma3_text", "helium")
