@@ -28,7 +28,7 @@ class LNTuning(Method):
 
     family: ClassVar[Family] = "specification"
     paper: ClassVar[str] = "arXiv:2211.08682"
-    rate: ClassVar[float] = 3e-2
+    rate: ClassVar[float] = 1e-2
 
     at: str = "norm.{attn,cross,ffn}"
 

@@ -27,7 +27,7 @@ class TrainableTokens(Method):
 
     family: ClassVar[Family] = "specification"
     paper: ClassVar[str] = "arXiv:1910.11856"
-    rate: ClassVar[float] = 3e-4
+    rate: ClassVar[float] = 1e-3
 
     tokens: str = ":"
     at: str = "embed"
