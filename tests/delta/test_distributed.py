@@ -67,6 +67,20 @@ def _start(rank: int, work: Callable[[str], object], port: int, folder: str) -> 
     together(work, rank, port, folder)
 
 
+def check(work: Callable[[str], object], folder: Path, share: float = 1.0) -> None:
+    """The gradients of one process, times a share, are what each of two has for every spec."""
+    both = two(work, folder)
+    for text in SPECS:
+        model = adapted(text)
+        loss(model, slice(None)).backward()
+        whole = gradients(model)
+        assert whole and all(value.any() for value in whole.values())
+        for found in both:
+            assert found[text].keys() == whole.keys()
+            for name, value in whole.items():
+                torch.testing.assert_close(found[text][name], value * share, rtol=1e-9, atol=1e-12)
+
+
 def data_parallel(text: str) -> dict[str, Tensor]:
     model = adapted(text)
     parallel = nn.parallel.DistributedDataParallel(model)
@@ -75,16 +89,7 @@ def data_parallel(text: str) -> dict[str, Tensor]:
 
 
 def test_data_parallel_gives_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
-    both = two(data_parallel, tmp_path)
-    for text in SPECS:
-        model = adapted(text)
-        loss(model, slice(None)).backward()
-        whole = gradients(model)
-        for found in both:
-            assert found[text].keys() == whole.keys()
-            for name, value in whole.items():
-                torch.testing.assert_close(found[text][name], value / WORLD, rtol=1e-9, atol=1e-12)
-                assert value.any()
+    check(data_parallel, tmp_path, 1 / WORLD)  # their mean over the processes, of a sum
 
 
 def sharded(text: str) -> dict[str, Tensor]:
@@ -105,12 +110,4 @@ def sharded(text: str) -> dict[str, Tensor]:
 
 
 def test_a_sharded_backbone_gives_the_gradients_of_a_whole_one(tmp_path: Path) -> None:
-    both = two(sharded, tmp_path)
-    for text in SPECS:
-        model = adapted(text)
-        loss(model, slice(None)).backward()
-        whole = gradients(model)
-        for found in both:
-            assert found[text].keys() == whole.keys()
-            for name, value in whole.items():
-                torch.testing.assert_close(found[text][name], value, rtol=1e-9, atol=1e-12)
+    check(sharded, tmp_path)

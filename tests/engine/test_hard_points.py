@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import deltatune as dt
 from deltatune.backbone.load import Backbone
 from deltatune.delta.delta import Delta
+from deltatune.errors import RoutingError
 from deltatune.laws.subject import moved
 
 Params = dict[str, Tensor]
@@ -35,7 +36,10 @@ def layers(delta: Delta) -> dict[str, Params]:
 
 
 def holds(family: str, spec: Any, by_hand: Callable[[nn.Module, dict[str, Params]], None], mixed: bool = True) -> None:
-    """Rows of two deltas and of none, in one call, are what networks changed by hand give each."""
+    """Rows of two deltas and of none, in one call, are what networks changed by hand give each.
+
+    Where they cannot be mixed, such a call is refused, and each alone is what its network gives.
+    """
     backbone = Backbone(build(family).double(), name=family)
     deltas = [moved(Delta.build(spec, backbone, name=name, seed=i), seed=i) for i, name in enumerate("ab")]
     rows = inputs(family, rows=3)
@@ -52,6 +56,9 @@ def holds(family: str, spec: Any, by_hand: Callable[[nn.Module, dict[str, Params
                 found = hidden(adapted, rows, deltas=["b", None, "a"])
                 wanted = [expected[1][0], expected[2][1], expected[0][2]]
                 torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-7, atol=1e-9)
+            else:
+                with pytest.raises(RoutingError, match="table of positions"):
+                    hidden(adapted, rows, deltas=["b", "b", "a"])
             for one, whole in zip(("a", "b", None), expected, strict=True):
                 torch.testing.assert_close(hidden(adapted, rows, deltas=one), whole, rtol=1e-7, atol=1e-9)
 
